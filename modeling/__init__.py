@@ -1,0 +1,1 @@
+"""The code that travels with every ConvLLaVA checkpoint: configuration, model, image processor and processor."""

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ConvLLaVA's configuration, and the one place where strides and visual tokens are computed."""
+
+from transformers import AutoConfig, ConvNextConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+
+# ConvNeXt-L with the paper's fifth stage (arXiv 2405.15738, section 3.3): output stride 64, 669 M parameters.
+_DEFAULT_VISION = {
+    "depths": [3, 3, 27, 3, 6],
+    "hidden_sizes": [192, 384, 768, 1536, 3072],
+    "image_size": 1536,
+}
+# Vicuna's 32000 tokens and the picture's placeholder, padded to a multiple of 64.
+_DEFAULT_IMAGE_TOKEN_ID = 32000
+_DEFAULT_VOCAB_SIZE = 32064
+
+
+def tower_stride(vision_config) -> int:
+    """Side in pixels of the square that one visual token stands for.
+
+    ConvNeXt's stem divides the side by `patch_size`, every stage after the first by 2 (arXiv 2405.15738, section 3.3:
+    four stages give 32, five give 64).
+    """
+    return vision_config.patch_size * 2 ** (len(vision_config.hidden_sizes) - 1)
+
+
+def visual_token_grid(height: int, width: int, stride: int) -> tuple[int, int]:
+    """Rows and columns of visual tokens of a picture of `height` x `width` pixels.
+
+    Raises:
+        ValueError: a side is not a positive multiple of `stride`; the tower would drop the pixels left over.
+    """
+    if height <= 0 or width <= 0 or height % stride or width % stride:
+        nearest = [max(1, round(side / stride)) * stride for side in (height, width)]
+        raise ValueError(
+            f"A picture of {height} x {width} pixels (height x width) cannot be divided into visual tokens: both sides "
+            f"must be positive multiples of the vision tower's stride of {stride} pixels. The nearest such size is "
+            f"{nearest[0]} x {nearest[1]}."
+        )
+    return height // stride, width // stride
+
+
+class ConvLlavaConfig(PretrainedConfig):
+    """Configuration of a ConvLLaVA: a ConvNeXt vision tower, a projector and a causal language model.
+
+    Args:
+        vision_config (`ConvNextConfig` or `dict`, *optional*): the tower, with any number of stages. Its `image_size`
+            is the side in pixels of the pictures that the model was trained with. Default: ConvNeXt-L with a fifth
+            stage at 1536 pixels.
+        text_config (`PretrainedConfig` or `dict`, *optional*): any causal language model of transformers; a dict is
+            read by its `model_type`, `llama` when it names none. Default: the shape of Vicuna-7B v1.5.
+        image_token_id (`int`, defaults to 32000): the token that holds a visual token's place in `input_ids`.
+        projector_hidden_act (`str`, defaults to `"gelu"`): activation between the projector's two linear layers.
+        tie_word_embeddings (`bool`, *optional*): whether the language model's head is its embedding matrix. Default:
+            what `text_config` says.
+
+    Raises:
+        ValueError: a model with this configuration could not work; the message names the value and the remedy.
+    """
+
+    model_type = "convllava"
+    sub_configs = {"vision_config": ConvNextConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_token_id: int = _DEFAULT_IMAGE_TOKEN_ID,
+        projector_hidden_act: str = "gelu",
+        tie_word_embeddings: bool | None = None,
+        **kwargs,
+    ):
+        self.vision_config = _as_vision_config(vision_config)
+        self.text_config = _as_text_config(text_config)
+        self.image_token_id = image_token_id
+        self.projector_hidden_act = projector_hidden_act
+        if tie_word_embeddings is None:
+            tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        self._check()
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+
+    @property
+    def stride(self) -> int:
+        """Side in pixels of the square that one visual token stands for."""
+        return tower_stride(self.vision_config)
+
+    def num_visual_tokens(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of `height` x `width` pixels; `ValueError` if the stride does not divide them."""
+        rows, columns = visual_token_grid(height, width, self.stride)
+        return rows * columns
+
+    def _check(self) -> None:
+        vision = self.vision_config
+        if vision.model_type != "convnext":
+            raise ValueError(
+                f"vision_config is of the model type {vision.model_type!r}, but ConvLLaVA's vision tower is a ConvNeXt: "
+                "pass a ConvNextConfig."
+            )
+        lengths = {
+            "num_stages": vision.num_stages,
+            "depths": len(vision.depths),
+            "hidden_sizes": len(vision.hidden_sizes),
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(
+                f"vision_config speaks of different numbers of stages: num_stages={vision.num_stages}, "
+                f"depths={list(vision.depths)}, hidden_sizes={list(vision.hidden_sizes)}. Give one depth and one "
+                "hidden size for each stage, and their number as num_stages."
+            )
+        try:
+            visual_token_grid(vision.image_size, vision.image_size, self.stride)
+        except ValueError as error:
+            raise ValueError(f"vision_config.image_size does not fit the tower. {error}") from None
+        vocab_size = self.text_config.vocab_size
+        if not isinstance(self.image_token_id, int) or not 0 <= self.image_token_id < vocab_size:
+            raise ValueError(
+                f"image_token_id is {self.image_token_id!r}, outside the language model's vocabulary of {vocab_size} "
+                "tokens. Add the picture's placeholder to the tokenizer, set text_config.vocab_size to cover it, and "
+                "pass its id."
+            )
+
+
+def _as_vision_config(config):
+    if config is None:
+        config = _DEFAULT_VISION
+    if isinstance(config, dict):
+        if config.get("model_type", "convnext") != "convnext":
+            return AutoConfig.for_model(**config)  # refused by ConvLlavaConfig, which names the type
+        config = {key: value for key, value in config.items() if key != "model_type"}
+        config.setdefault("num_stages", len(config.get("hidden_sizes", config.get("depths", [0] * 4))))
+        config = ConvNextConfig(**config)
+    return config
+
+
+def _as_text_config(config):
+    if config is None:
+        config = {"vocab_size": _DEFAULT_VOCAB_SIZE}
+    if isinstance(config, dict):
+        config = {"model_type": "llama", **config}
+        config = AutoConfig.for_model(**config)
+    return config
+
+
+# `transformers serve` finds a model's class by name in transformers' own table of multimodal models, which transformers
+# 4 does not have. The entry lets it take the class that this checkpoint's `auto_map` names.
+if hasattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("convllava", "ConvLlavaForConditionalGeneration")

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pictures to `pixel_values`, with PIL and NumPy alone."""
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, load_image
+from transformers.processing_utils import ImagesKwargs
+
+from .configuration_convllava import visual_token_grid
+
+
+IMAGE_ASPECT_RATIOS = ("pad",)
+
+
+class ConvLlavaImagesKwargs(ImagesKwargs, total=False):
+    image_aspect_ratio: str | None
+
+
+class ConvLlavaImageProcessor(BaseImageProcessor):
+    """Prepares pictures as the original ConvLLaVA does, to the pixel.
+
+    Args:
+        image_aspect_ratio (`str`, defaults to `"pad"`): how a picture comes to the tower's shape. `"pad"`: put into the
+            middle of a square of the mean colour, then resized.
+        size (`dict` or `int`, defaults to 768 x 768): `height` and `width` in pixels of what the tower sees; both
+            multiples of `stride`, and equal for `"pad"`.
+        stride (`int`, defaults to 64): side in pixels of the square that one visual token stands for.
+        resample (`int`, defaults to bicubic): one of PIL's filters.
+        do_resize, do_convert_rgb, do_rescale, do_normalize (`bool`, default to `True`): steps to take.
+        rescale_factor (`float`, defaults to 1/255): from 0-255 to 0-1.
+        image_mean, image_std (`list[float]`, default to CLIP's): of the pixels after rescaling; the mean is also the
+            colour of the padding.
+
+    Returns of a call:
+        `pixel_values`: normalised pictures, (N, 3, height, width). `image_sizes`: height and width in pixels that each
+        picture covers of that, (N, 2).
+
+    Raises:
+        ValueError: sizes that the tower cannot take, something that is no picture, a picture that cannot be decoded.
+        FileNotFoundError: a path at which there is no file.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+    valid_kwargs = ConvLlavaImagesKwargs
+
+    def __init__(
+        self,
+        image_aspect_ratio: str = "pad",
+        size: dict[str, int] | int | None = None,
+        stride: int = 64,
+        resample: int = PILImageResampling.BICUBIC,
+        do_resize: bool = True,
+        do_convert_rgb: bool = True,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.image_aspect_ratio = image_aspect_ratio
+        self.stride = stride
+        self.size = _square_size(768 if size is None else size, stride, image_aspect_ratio)
+        self.resample = resample
+        self.do_resize = do_resize
+        self.do_convert_rgb = do_convert_rgb
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean = list(OPENAI_CLIP_MEAN if image_mean is None else image_mean)
+        self.image_std = list(OPENAI_CLIP_STD if image_std is None else image_std)
+
+    def fetch_images(self, images):
+        """Opens paths, URLs and base64 strings; pictures and arrays pass through, nested lists keep their shape."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, (str, os.PathLike)):
+            return _open_picture(images)
+        return images
+
+    def preprocess(
+        self,
+        images,
+        image_aspect_ratio: str | None = None,
+        size: dict[str, int] | int | None = None,
+        resample: int | None = None,
+        do_resize: bool | None = None,
+        do_convert_rgb: bool | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        do_normalize: bool | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        return_tensors=None,
+        input_data_format=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepares one picture or (nested) lists of them; arguments left out are those of the constructor.
+
+        Args:
+            images: PIL pictures, paths, URLs, base64 strings, arrays or tensors of 0-255 or of floats in [0, 1],
+                (height, width), (height, width, channels) or (channels, height, width).
+            input_data_format: `"channels_first"` or `"channels_last"`, for arrays where it is not plain.
+        """
+        mode = self.image_aspect_ratio if image_aspect_ratio is None else image_aspect_ratio
+        size = _square_size(self.size if size is None else size, self.stride, mode)
+        do_resize = self.do_resize if do_resize is None else do_resize
+        resample = self.resample if resample is None else resample
+        do_convert_rgb = self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb
+        scale = self.rescale_factor if rescale_factor is None else rescale_factor
+        scale = scale if (self.do_rescale if do_rescale is None else do_rescale) else None
+        mean = self.image_mean if image_mean is None else image_mean
+        std = self.image_std if image_std is None else image_std
+        do_normalize = self.do_normalize if do_normalize is None else do_normalize
+
+        pictures = []
+        for image in _flatten(self.fetch_images(images)):
+            picture = _to_picture(image, input_data_format, do_convert_rgb)
+            picture = _pad_to_square(picture, mean)
+            if do_resize:
+                picture = picture.resize((size["width"], size["height"]), resample=resample)
+            pixels = np.asarray(picture)  # (height, width, 3), 0-255
+            visual_token_grid(*pixels.shape[:2], self.stride)
+            pictures.append(_normalise(pixels, scale, mean if do_normalize else None, std))
+        if not pictures:
+            raise ValueError("No pictures were given. Pass at least one, or leave `images` out for text alone.")
+        sizes = [picture.shape[1:] for picture in pictures]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"Without resizing, the pictures of a batch come out in different sizes: {sizes} (height, width). Keep "
+                "do_resize=True or pass them one at a time."
+            )
+        data = {"pixel_values": pictures, "image_sizes": [list(size) for size in sizes]}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def get_image_size(self, height: int, width: int, **kwargs) -> tuple[int, int]:
+        """Height and width in pixels that the tower sees of a picture of `height` x `width`; arguments as in a call."""
+        mode = kwargs.get("image_aspect_ratio") or self.image_aspect_ratio
+        size = _square_size(kwargs.get("size") or self.size, self.stride, mode)
+        return size["height"], size["width"]
+
+
+def _square_size(size, stride: int, mode: str) -> dict[str, int]:
+    """`size` as a dict of `height` and `width` that the tower can take in this mode."""
+    if mode not in IMAGE_ASPECT_RATIOS:
+        raise ValueError(f"image_aspect_ratio is {mode!r}, expected one of {', '.join(IMAGE_ASPECT_RATIOS)}.")
+    size = dict(get_size_dict(size, default_to_square=True))
+    if set(size) == {"shortest_edge"}:
+        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
+    if set(size) != {"height", "width"} or size["height"] != size["width"]:
+        raise ValueError(
+            f"size is {size}, but image_aspect_ratio='pad' gives square pictures: pass one number, or the same height "
+            "and width."
+        )
+    visual_token_grid(size["height"], size["width"], stride)
+    return size
+
+
+def _open_picture(source) -> Image.Image:
+    """The picture at a path or URL or in a base64 string, decoded, in its own mode."""
+    name = str(source)
+    shown = name if len(name) <= 200 else f"{name[:80]}..."
+    is_remote = name.startswith(("http://", "https://", "data:"))
+    if is_remote or (not os.path.exists(name) and _looks_like_base64(name)):
+        try:
+            return load_image(name)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"Cannot read a picture from {shown!r}: {error}") from error
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"There is no picture at {shown!r}: check the path.")
+    try:
+        picture = Image.open(name)
+        picture.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{shown!r} is not a picture that PIL can read.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The picture {shown!r} cannot be decoded: {error}") from error
+    return picture
+
+
+def _looks_like_base64(text: str) -> bool:
+    """Whether a string that is no file may be an encoded picture: long, and of base64's characters alone."""
+    return len(text) >= 64 and all(char.isalnum() or char in "+/=\n\r" for char in text)
+
+
+def _flatten(images) -> list:
+    if isinstance(images, (list, tuple)):
+        return [picture for image in images for picture in _flatten(image)]
+    if getattr(images, "ndim", 0) == 4:  # a batch in one array
+        return list(images)
+    return [images]
+
+
+def _to_picture(image, input_data_format, do_convert_rgb: bool) -> Image.Image:
+    """Any accepted kind of picture as an upright RGB picture of PIL's."""
+    if isinstance(image, Image.Image):
+        try:
+            picture = ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError) as error:  # PIL decodes late
+            raise ValueError(f"The picture {image!r} cannot be decoded: {error}") from error
+    else:
+        picture = _from_array(image, input_data_format)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = _from_deep_gray(picture)
+    if picture.mode == "RGB":
+        return picture
+    if not do_convert_rgb:
+        raise ValueError(
+            f"A picture is of PIL's mode {picture.mode!r}, but the vision tower sees RGB: convert it, or leave "
+            "do_convert_rgb at True."
+        )
+    return picture.convert("RGB")
+
+
+def _from_array(image, input_data_format) -> Image.Image:
+    array = image.detach().cpu().numpy() if hasattr(image, "detach") else image
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
+        shape = f" of shape {array.shape}" if isinstance(array, np.ndarray) else ""
+        raise ValueError(
+            f"A {type(image).__name__}{shape} is no picture. Pass a PIL picture, a path, a URL, or an array of "
+            "(height, width), (height, width, channels) or (channels, height, width)."
+        )
+    if array.ndim == 2:
+        array, input_data_format = array[..., None], "channels_last"
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    return to_pil_image(array, input_data_format=input_data_format)
+
+
+def _from_deep_gray(picture: Image.Image) -> Image.Image:
+    """16- and 32-bit gray as 8-bit gray; PIL's own conversion would cut off everything above 255."""
+    values = np.asarray(picture).astype(np.float64)
+    if values.max() > 255:
+        values = values / 65535 * 255
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8), mode="L")
+
+
+def _pad_to_square(picture: Image.Image, mean) -> Image.Image:
+    """The picture in the middle of a square of the mean colour; of an odd remainder, one pixel less stands before."""
+    width, height = picture.size
+    if width == height:
+        return picture
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _normalise(pixels: np.ndarray, scale: float | None, mean, std) -> np.ndarray:
+    """(height, width, 3) of 0-255 -> (3, height, width) of float32."""
+    pixels = pixels.astype(np.float32)
+    if scale is not None:
+        pixels *= np.float32(scale)
+    if mean is not None:
+        pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

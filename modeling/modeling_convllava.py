@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ConvLLaVA (arXiv 2405.15738): a ConvNeXt with a fifth stage, an MLP projector and a causal language model.
+
+Read from top to bottom: outputs, vision tower, projector, `ConvLlavaModel`, `ConvLlavaForConditionalGeneration`.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, ConvNextPreTrainedModel, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextStage
+from transformers.utils import can_return_tuple
+
+from .configuration_convllava import ConvLlavaConfig, tower_stride, visual_token_grid
+
+
+# What a published config.json maps, whichever class was saved: readers of one entry must find the others (vLLM and
+# SGLang take AutoModel, transformers 4 AutoModelForVision2Seq, transformers 5 the other two).
+AUTO_MAP = {
+    "AutoConfig": "configuration_convllava.ConvLlavaConfig",
+    "AutoModel": "modeling_convllava.ConvLlavaModel",
+    "AutoModelForVision2Seq": "modeling_convllava.ConvLlavaForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_convllava.ConvLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_convllava.ConvLlavaForConditionalGeneration",
+}
+
+
+@dataclass
+class ConvLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `ConvLlavaModel`.
+
+    `image_hidden_states`: projected visual tokens of all pictures in order, (visual tokens, hidden size), or `None`.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class ConvLlavaCausalLMOutputWithPast(ModelOutput):
+    """Output of `ConvLlavaForConditionalGeneration`.
+
+    `loss`: next-token cross entropy, where `labels` were given. `logits`: (batch, positions kept, vocabulary).
+    `image_hidden_states`: projected visual tokens of all pictures in order, (visual tokens, hidden size), or `None`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class ConvLlavaVisionStage(ConvNextStage):
+    """A ConvNeXt stage that can keep pictures of different sizes in one batch apart, and be checkpointed per block."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gradient_checkpointing = False
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            features: (N, C, H, W).
+            mask: (N, 1, H', W') with this stage's H' and W', 1 where the picture is and 0 in the padding; `None` when
+                every picture fills the batch. Only the depthwise convolution looks at neighbours (stem and
+                downsampling take whole patches, which padding never shares with a picture), so zeroing its input's
+                padding, which is what the convolution itself pads with, makes a picture's features those it gets alone.
+        """
+        for layer in self.downsampling_layer:
+            features = layer(features)
+        for layer in self.layers:
+            if mask is not None:
+                features = features * mask
+            if self.gradient_checkpointing and self.training:
+                features = self._checkpointed(layer, features)
+            else:
+                features = layer(features)
+        return features
+
+    def _checkpointed(self, layer: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
+        if not features.requires_grad:
+            if not trains:
+                return layer(features)
+            # The reentrant kind of checkpointing silently drops a block's gradients when no input requires one.
+            features.requires_grad_(True)
+        return self._gradient_checkpointing_func(layer, features)
+
+
+class ConvLlavaVisionEncoder(nn.Module):
+    """The stages of a ConvNeXt, each halving the side of the one before."""
+
+    def __init__(self, config):
+        super().__init__()
+        blocks = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(1, blocks - 1) for block in range(blocks)]
+        self.stages = nn.ModuleList()
+        in_channels = config.hidden_sizes[0]
+        for index, (depth, out_channels) in enumerate(zip(config.depths, config.hidden_sizes, strict=True)):
+            self.stages.append(
+                ConvLlavaVisionStage(
+                    config,
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    stride=2 if index > 0 else 1,
+                    depth=depth,
+                    drop_path_rates=[rates.pop(0) for _ in range(depth)],
+                )
+            )
+            in_channels = out_channels
+
+
+class ConvLlavaVisionTower(ConvNextPreTrainedModel):
+    """ConvNeXt of any number of stages, without the layer norm that `ConvNextModel` keeps for pooling.
+
+    Its weights bear the names of transformers' `ConvNextModel`.
+    """
+
+    supports_gradient_checkpointing = True
+    # Stages are called one by one with their masks, so a device map may cut between them but not inside a block.
+    _no_split_modules = ["ConvNextLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = ConvNextEmbeddings(config)
+        self.encoder = ConvLlavaVisionEncoder(config)
+        self.stride = tower_stride(config)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: normalised pictures, padded at the right and bottom to a common size, (N, 3, H, W).
+            image_sizes: height and width in pixels that each picture really covers, (N, 2), multiples of the stride;
+                `None` when all cover H x W.
+
+        Returns:
+            `last_hidden_state`: features (N, C, H/stride, W/stride). What lies in a picture's padding is meaningless.
+
+        Raises:
+            ValueError: H, W or a size is no multiple of the stride, or a size exceeds H x W.
+        """
+        height, width = pixel_values.shape[-2:]
+        rows, columns = visual_token_grid(height, width, self.stride)
+        mask = _valid_positions(image_sizes, height, width, self.stride)  # (N, 1, rows, columns)
+        features = self.embeddings(pixel_values.to(self.embeddings.patch_embeddings.weight.dtype))
+        for index, stage in enumerate(self.encoder.stages):
+            stage_mask = mask
+            if mask is not None:
+                scale = 2 ** (len(self.encoder.stages) - 1 - index)
+                stage_mask = mask.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+                stage_mask = stage_mask.to(features.device, features.dtype)
+            features = stage(features, stage_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=features)  # (N, C, rows, columns)
+
+
+def _valid_positions(image_sizes, height: int, width: int, stride: int) -> torch.Tensor | None:
+    """Mask (N, 1, height/stride, width/stride) of the visual tokens that belong to a picture, `None` if all do."""
+    if image_sizes is None:
+        return None
+    sizes = _as_size_list(image_sizes)
+    if all(size == (height, width) for size in sizes):
+        return None
+    mask = torch.zeros(len(sizes), 1, height // stride, width // stride)
+    for index, size in enumerate(sizes):
+        rows, columns = visual_token_grid(*size, stride)
+        if size[0] > height or size[1] > width:
+            raise ValueError(
+                f"image_sizes names a picture of {size[0]} x {size[1]} pixels, but pixel_values holds only {height} x "
+                f"{width}. Pass the image_sizes that the image processor returned with these pixel_values."
+            )
+        mask[index, :, :rows, :columns] = 1
+    return mask
+
+
+def _as_size_list(image_sizes) -> list[tuple[int, int]]:
+    """[(height, width), ...] from the image processor's tensor, array or lists."""
+    rows = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+    return [(int(height), int(width)) for height, width in rows]
+
+
+class ConvLlavaMultiModalProjector(nn.Module):
+    """Two linear layers with a GELU between them: tower channels -> language model's hidden size (section 3.2)."""
+
+    def __init__(self, config: ConvLlavaConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_sizes[-1], hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(visual tokens, C) -> (visual tokens, hidden size)"""
+        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+
+
+class ConvLlavaPreTrainedModel(PreTrainedModel):
+    """What both models share: loading, saving, and what transformers may do with them."""
+
+    config_class = ConvLlavaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ConvNextLayer"]  # the language model's class adds its own
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_unquantized = ("vision_tower", "multi_modal_projector")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
+        """As in transformers; a `quantization_config` without a skip list of its own leaves tower and projector alone.
+
+        Quantizers take full module names; a bare `vision_tower` they would silently ignore.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = _with_skip_list(quantization_config, list(cls._keep_unquantized))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; `config.json` gets every entry of `auto_map`, not the saved class's alone."""
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _with_skip_list(quantization_config, modules: list[str]):
+    """A copy of the config that leaves `modules` unquantized, unless it already says what to leave."""
+    quantization_config = copy.deepcopy(quantization_config)
+    is_dict = isinstance(quantization_config, dict)
+    fields = quantization_config if is_dict else vars(quantization_config)
+    name = "modules_to_not_convert" if "modules_to_not_convert" in fields else "llm_int8_skip_modules"
+    is_bitsandbytes = is_dict and (fields.get("load_in_4bit") or fields.get("load_in_8bit"))
+    if (name in fields or is_bitsandbytes) and fields.get(name) is None:
+        fields[name] = modules
+    return quantization_config
+
+
+class ConvLlavaModel(ConvLlavaPreTrainedModel):
+    """Vision tower, projector and language model, without the language model's head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: ConvLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = ConvLlavaVisionTower(config.vision_config)
+        self.multi_modal_projector = ConvLlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model = decoder
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.vision_tower if modality == "image" else self
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """What the language model sees of each picture.
+
+        Args:
+            pixel_values: normalised pictures, padded at the right and bottom to a common size, (N, 3, H, W).
+            image_sizes: height and width in pixels that each picture really covers, (N, 2); `None` for all of it.
+
+        Returns:
+            `last_hidden_state`: the tower's features (N, C, H/stride, W/stride).
+            `pooler_output`: a list of one tensor (visual tokens, hidden size) for each picture, row by row.
+        """
+        features = self.vision_tower(pixel_values, image_sizes=image_sizes).last_hidden_state
+        rows_first = features.permute(0, 2, 3, 1)  # (N, C, h, w) -> (N, h, w, C)
+        if image_sizes is None:
+            pictures = [picture.flatten(0, 1) for picture in rows_first]
+        else:
+            stride = self.vision_tower.stride
+            pictures = [
+                picture[: height // stride, : width // stride].flatten(0, 1)  # (h, w, C) -> (tokens, C)
+                for picture, (height, width) in zip(rows_first, _as_size_list(image_sizes), strict=True)
+            ]
+        projected = self.multi_modal_projector(torch.cat(pictures))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=list(projected.split([len(picture) for picture in pictures]))
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ConvLlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, positions), with `config.image_token_id` where a visual token goes.
+            pixel_values: pictures of the whole batch in the order of their placeholders, (N, 3, H, W).
+            attention_mask: (batch, positions), 0 for padding.
+            inputs_embeds: (batch, positions, hidden size), instead of `input_ids`.
+            image_sizes: height and width in pixels of each picture, (N, 2).
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a number of placeholders that differs
+                from the number of visual tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        # mm_token_type_ids come from processors asked for them; the language model has no use for them.
+        kwargs.pop("mm_token_type_ids", None)
+        image_features = None
+        if pixel_values is not None:
+            image_features = torch.cat(self.get_image_features(pixel_values, image_sizes).pooler_output)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if image_features is not None:
+            placeholders = self._placeholders(input_ids, inputs_embeds, len(image_features))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders, image_features)
+        elif self.training:
+            inputs_embeds = inputs_embeds + self._blank_picture().to(inputs_embeds.device, inputs_embeds.dtype)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **{**kwargs, "return_dict": True},
+        )
+        return ConvLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _placeholders(self, input_ids, inputs_embeds: torch.Tensor, num_features: int) -> torch.Tensor:
+        """Mask (batch, positions, 1) of the positions that visual tokens take."""
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        else:
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        # Counting waits for the device; a compiled graph is not interrupted for it.
+        if not torch.compiler.is_compiling() and (count := int(mask.sum())) != num_features:
+            raise ValueError(
+                f"The prompts hold {count} picture placeholders (token {self.config.image_token_id}), but the pictures "
+                f"have {num_features} visual tokens. Let ConvLlavaProcessor expand each <image>, and do not truncate "
+                "its input_ids."
+            )
+        return mask.unsqueeze(-1)
+
+    def _blank_picture(self) -> torch.Tensor:
+        """Zero, computed from the smallest blank picture through tower and projector.
+
+        With sharded parameters (FSDP, ZeRO-3) the ranks of a training step must all run the same modules; one whose
+        batch has no picture would leave the others waiting for ever.
+        """
+        weight = self.vision_tower.embeddings.patch_embeddings.weight
+        side = self.vision_tower.stride
+        blank = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=weight.device)
+        return self.get_image_features(blank).pooler_output[0].sum() * 0.0
+
+
+def _tied_weights_keys():
+    """transformers 5 wants to know what the head is tied to, transformers 4 takes a list of names."""
+    if hasattr(PreTrainedModel, "get_expanded_tied_weights_keys"):
+        return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    return ["lm_head.weight"]
+
+
+class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
+    """ConvLLaVA with the language model's head: answers questions about pictures."""
+
+    _tied_weights_keys = _tied_weights_keys()
+    _keep_unquantized = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+    def __init__(self, config: ConvLlavaConfig):
+        super().__init__(config)
+        self.model = ConvLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.model.vision_tower
+
+    @property
+    def multi_modal_projector(self) -> nn.Module:
+        return self.model.multi_modal_projector
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.set_decoder(decoder)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.model.get_encoder(modality)
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
+        """See `ConvLlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> ConvLlavaCausalLMOutputWithPast:
+        """`ConvLlavaModel.forward` and the language model's head.
+
+        Args:
+            labels: (batch, positions), -100 where no loss is taken; position t is predicted from those before it.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_sizes=image_sizes,
+            **{**kwargs, "return_dict": True},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return ConvLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        """As in transformers; pictures go in with the prompt only, since the cache holds what they were."""
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        # transformers 5 drops them by itself and tells the steps apart; transformers 4 counts cache positions.
+        cache_position = kwargs.get("cache_position")
+        if cache_position is not None and cache_position[0] != 0:
+            inputs.pop("pixel_values", None)
+            inputs.pop("image_sizes", None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats each prompt for beams and `num_return_sequences`, and each prompt's pictures together with it.
+
+        `pixel_values` has a row for each picture, not for each prompt, so repeating its rows one by one would hand
+        prompts with several pictures, or with none, those of their neighbours.
+        """
+        pictures = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "image_sizes")}
+        if expand_size > 1 and pictures["pixel_values"] is not None:
+            counts = self._pictures_per_prompt(input_ids, pictures, model_kwargs.get("inputs_embeds"))
+            for key, rows in pictures.items():
+                if rows is not None:
+                    groups = torch.as_tensor(rows).split(counts)
+                    pictures[key] = torch.cat([group for group in groups for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        model_kwargs.update({key: rows for key, rows in pictures.items() if rows is not None})
+        return input_ids, model_kwargs
+
+    def _pictures_per_prompt(self, input_ids, pictures: dict, inputs_embeds) -> list[int]:
+        """How many of the pictures, in order, belong to each prompt, from the visual tokens that each has room for."""
+        pixel_values, image_sizes = pictures["pixel_values"], pictures["image_sizes"]
+        if image_sizes is None:
+            image_sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values)
+        tokens = [self.config.num_visual_tokens(*size) for size in _as_size_list(image_sizes)]
+        by_ids = inputs_embeds is None or inputs_embeds.shape[1] == 0
+        placeholders = self.model._placeholders(input_ids if by_ids else None, inputs_embeds, sum(tokens))
+        counts = []
+        for room in placeholders.sum(dim=(1, 2)).tolist():
+            counts.append(0)
+            while room > 0:
+                room -= tokens.pop(0)
+                counts[-1] += 1
+        return counts

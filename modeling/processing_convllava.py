@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From conversations and pictures to the model's inputs."""
+
+import re
+
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .configuration_convllava import visual_token_grid
+from .image_processing_convllava import ConvLlavaImagesKwargs
+
+
+# transformers' `sanitize_control_tokens` puts this character before a token that a user typed: it is text then.
+_TYPED_BY_USER = "\U000f0000"
+
+
+class ConvLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: ConvLlavaImagesKwargs
+    _defaults = {"text_kwargs": {"padding": False, "return_token_type_ids": False}}
+
+
+class ConvLlavaProcessor(ProcessorMixin):
+    """Tokenizer and image processor in one: puts a placeholder into the text for every visual token of a picture.
+
+    Args:
+        image_processor (`ConvLlavaImageProcessor`).
+        tokenizer (`PreTrainedTokenizerFast`): knows `image_token` as a token of its own. Its padding side becomes left,
+            which generating in batches needs; pass `padding_side="right"` to a call for training.
+        chat_template (`str`, *optional*): Jinja template that writes `image_token` once for each picture.
+        image_token (`str`, defaults to `"<image>"`): where a picture goes.
+        image_suffix (`str`, defaults to `""`): put between a picture's placeholders and ordinary text after them. A
+            blank gives tokenizers made from SentencePiece (`legacy: false`) the dummy prefix that the original code
+            produces by tokenizing the text after a picture as a text of its own.
+
+    Raises:
+        ValueError: the tokenizer does not know `image_token`.
+    """
+
+    valid_processor_kwargs = ConvLlavaProcessorKwargs
+    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4 reads these, 5 reads the signature of __init__
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        image_suffix: str = "",
+    ):
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer does not know {image_token!r}, the place of a picture: add it with "
+                f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
+            )
+        self.image_suffix = image_suffix
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.tokenizer.padding_side = "left"
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: one picture or a (nested) list in the order of the placeholders; see `ConvLlavaImageProcessor`.
+            text: one prompt or a list, with one `<image>` for each picture.
+            return_mm_token_type_ids (`bool`): also return `mm_token_type_ids`, 1 where a placeholder is, else 0.
+            return_text_replacement_offsets (`bool`): also return what each `<image>` was replaced by and where, and let
+                `offset_mapping` refer to the text after it. Without it, `offset_mapping` refers to `text` as given.
+            **kwargs: of the tokenizer and of `ConvLlavaImageProcessor`; `text_kwargs`, `images_kwargs` as dicts.
+
+        Returns:
+            `input_ids`, `attention_mask` (batch, positions); for pictures `pixel_values` (N, 3, H, W), `image_sizes`
+            (N, 2).
+
+        Raises:
+            ValueError: the numbers of pictures and of `<image>` differ, or truncation would cut a picture.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("ConvLLaVA sees pictures and reads text; it takes neither videos nor audio.")
+        if images is None and text is None:
+            raise ValueError("Pass text, images or both.")
+        return_types = _pop(kwargs, "return_mm_token_type_ids")
+        return_replacements = _pop(kwargs, "return_text_replacement_offsets")
+        merged = self._merge_kwargs(
+            ConvLlavaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        # 5.23 keeps them in the text's arguments too, whether asked for or not.
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
+            text_kwargs.pop(name, None)
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        images_kwargs.pop("return_tensors", None)
+
+        texts = _as_texts(text)
+        if texts is not None:
+            self._check_picture_count(texts, images)
+        data = {}
+        replacements = []
+        if images is not None and _count(images):
+            data = dict(self.image_processor(images, **images_kwargs))
+            replacements = [self.replace_image_token(data, index) for index in range(len(data["image_sizes"]))]
+        if texts is not None:
+            expanded, spans = self.get_text_with_replacements(texts, replacements)
+            encoding = dict(self.tokenizer(expanded, **text_kwargs))
+            self._check_truncation(expanded, encoding["input_ids"], text_kwargs)
+            if return_types:
+                encoding["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])
+            if return_replacements:
+                encoding["text_replacement_offsets"] = spans
+            elif "offset_mapping" in encoding:
+                encoding["offset_mapping"] = [
+                    _offsets_before_replacement(offsets, row, len(original))
+                    for offsets, row, original in zip(encoding["offset_mapping"], spans, texts, strict=True)
+                ]
+            data = {**encoding, **data}
+        replaced = data.pop("text_replacement_offsets", None)  # not a tensor
+        features = BatchFeature(data, tensor_type=return_tensors)
+        if replaced is not None:
+            features["text_replacement_offsets"] = replaced
+        return features
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """As in transformers. Also on transformers 4, a message's content may be a string or hold `image_url` parts."""
+        if isinstance(conversation, (list, tuple)) and conversation:
+            if isinstance(conversation[0], dict):
+                conversation = _with_content_parts(conversation)
+            elif isinstance(conversation[0], (list, tuple)):
+                conversation = [_with_content_parts(messages) for messages in conversation]
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; `preprocessor_config.json` is written too, where transformers 4 looks for it."""
+        self.image_processor.save_pretrained(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        return [self.image_token_id]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholders of one picture, one for each visual token."""
+        height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
+        rows, columns = visual_token_grid(height, width, self.image_processor.stride)
+        return self.image_token * (rows * columns)
+
+    def get_text_with_replacements(self, text: list[str], images_replacements=(), *args, **kwargs):
+        """Replaces each `<image>` by its picture's placeholders and what must follow them.
+
+        Returns:
+            The new texts, and for each text a list of dicts: `type`, `text` and its `span` of characters before,
+            `replacement` and its `new_span` after.
+        """
+        if not images_replacements:
+            return list(text), [[] for _ in text]
+        pictures = iter(images_replacements)
+        expanded, spans = [], []
+        for sample in text:
+            pieces, row, last, length = [], [], 0, 0
+            for match in self._placeholder.finditer(sample):
+                start, end = match.span()
+                replacement = next(pictures) + self._suffix(sample[end:])
+                pieces += [sample[last:start], replacement]
+                length += start - last
+                row.append(
+                    {
+                        "type": "image",
+                        "span": (start, end),
+                        "new_span": (length, length + len(replacement)),
+                        "text": self.image_token,
+                        "replacement": replacement,
+                    }
+                )
+                length += len(replacement)
+                last = end
+            expanded.append("".join([*pieces, sample[last:]]))
+            spans.append(row)
+        return expanded, spans
+
+    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
+        """1 where a picture's placeholder is, 0 elsewhere, in the shape of `input_ids`."""
+        return [[int(token == self.image_token_id) for token in row] for row in input_ids]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Visual tokens of pictures of these sizes, (height, width) in pixels, before anything is preprocessed."""
+        if image_sizes is None:
+            return MultiModalData()
+        kwargs = {**kwargs, **kwargs.pop("images_kwargs", {})}
+        counts = []
+        for height, width in image_sizes:
+            seen = self.image_processor.get_image_size(height, width, **kwargs)
+            rows, columns = visual_token_grid(*seen, self.image_processor.stride)
+            counts.append(rows * columns)
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    @property
+    def _placeholder(self) -> re.Pattern:
+        return re.compile(f"(?<!{_TYPED_BY_USER}){re.escape(self.image_token)}")
+
+    def _suffix(self, following: str) -> str:
+        """What goes between a picture and `following`: nothing before the end or before another special token."""
+        special = (self.image_token, *self.tokenizer.all_special_tokens)
+        return "" if not following or following.startswith(special) else self.image_suffix
+
+    def _check_picture_count(self, texts: list[str], images) -> None:
+        places = [len(self._placeholder.findall(text)) for text in texts]
+        nested = isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
+        if nested and len(images) == len(texts):
+            for index, (expected, pictures) in enumerate(zip(places, images, strict=True)):
+                if expected != _count(pictures):
+                    raise ValueError(
+                        f"Prompt {index} has {expected} {self.image_token} but {_count(pictures)} pictures. Write one "
+                        f"{self.image_token} for each picture."
+                    )
+        elif sum(places) != _count(images):
+            raise ValueError(
+                f"The text has {sum(places)} {self.image_token} but {_count(images)} pictures were passed. Write one "
+                f"{self.image_token} for each picture."
+            )
+
+    def _check_truncation(self, expanded: list[str], input_ids, text_kwargs: dict) -> None:
+        for index, (sample, row) in enumerate(zip(expanded, input_ids, strict=True)):
+            needed = len(self._placeholder.findall(sample))
+            kept = sum(token == self.image_token_id for token in row)
+            if kept != needed:
+                total = len(
+                    self.tokenizer(sample, add_special_tokens=text_kwargs.get("add_special_tokens", True)).input_ids
+                )
+                limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+                raise ValueError(
+                    f"Prompt {index} is {total} tokens long, {needed} of them visual tokens, and truncation to {limit} "
+                    f"tokens would keep only {kept} visual tokens. Raise max_length, use smaller or fewer pictures, or "
+                    "turn truncation off; only text can be cut."
+                )
+
+
+def _pop(kwargs: dict, name: str):
+    """A processor's own argument, given directly or among the tokenizer's."""
+    nested = kwargs.get("text_kwargs") or {}
+    if name in nested:
+        kwargs["text_kwargs"] = {key: value for key, value in nested.items() if key != name}
+    return kwargs.pop(name, nested.get(name, False))
+
+
+def _as_texts(text) -> list[str] | None:
+    if text is None or isinstance(text, str):
+        return text if text is None else [text]
+    if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text):
+        raise ValueError(f"text must be a string or a list of strings, not {type(text).__name__}.")
+    return list(text)
+
+
+def _count(images) -> int:
+    """Pictures in a picture, a batch array, a (nested) list or nothing."""
+    if images is None:
+        return 0
+    if isinstance(images, (list, tuple)):
+        return sum(_count(image) for image in images)
+    return len(images) if getattr(images, "ndim", 0) == 4 else 1
+
+
+def _with_content_parts(messages: list[dict]) -> list[dict]:
+    """Messages whose content is a list of `text` and `image` parts, whatever way it was written."""
+    normalised = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        elif isinstance(content, (list, tuple)):
+            content = [_as_image_part(part) for part in content]
+        normalised.append({**message, "content": content or []})
+    return normalised
+
+
+def _as_image_part(part: dict) -> dict:
+    if part.get("type") != "image_url" or "image_url" not in part:
+        return part
+    url = part["image_url"]
+    return {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+
+
+def _offsets_before_replacement(offsets, replacements: list[dict], length: int) -> list[tuple[int, int]]:
+    """Character offsets in a text of `length` characters, from those in the text after its replacements.
+
+    A token of a replacement gets the span of what was replaced; padding on the right stands behind the text, so that
+    the offsets never fall.
+    """
+    mapped = []
+    for start, end in offsets:
+        if start == end == 0 and mapped and mapped[-1][1] > 0:
+            mapped.append((length, length))
+            continue
+        for replacement in reversed(replacements):
+            (old_start, old_end), (new_start, new_end) = replacement["span"], replacement["new_span"]
+            if start >= new_end:
+                start, end = start - new_end + old_end, end - new_end + old_end
+                break
+            if start >= new_start:
+                start, end = old_start, max(old_end, end - new_end + old_end)
+                break
+        mapped.append((start, end))
+    return mapped
