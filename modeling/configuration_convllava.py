@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """ConvLLaVA's configuration, and the one place where strides and visual tokens are computed."""
 
+import transformers
 from transformers import AutoConfig, ConvNextConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 
+
+_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 # ConvNeXt-L with the paper's fifth stage (arXiv 2405.15738, section 3.3): output stride 64, 669 M parameters.
 _DEFAULT_VISION = {
@@ -34,9 +37,9 @@ def visual_token_grid(height: int, width: int, stride: int) -> tuple[int, int]:
     if height <= 0 or width <= 0 or height % stride or width % stride:
         nearest = [max(1, round(side / stride)) * stride for side in (height, width)]
         raise ValueError(
-            f"A picture of {height} x {width} pixels (height x width) cannot be divided into visual tokens: both sides "
-            f"must be positive multiples of the vision tower's stride of {stride} pixels. The nearest such size is "
-            f"{nearest[0]} x {nearest[1]}."
+            f"A picture of {height} x {width} pixels (height x width) cannot be divided into visual tokens: both "
+            f"sides must be positive multiples of the vision tower's stride of {stride} pixels. The nearest such "
+            f"size is {nearest[0]} x {nearest[1]}."
         )
     return height // stride, width // stride
 
@@ -97,8 +100,8 @@ class ConvLlavaConfig(PretrainedConfig):
         vision = self.vision_config
         if vision.model_type != "convnext":
             raise ValueError(
-                f"vision_config is of the model type {vision.model_type!r}, but ConvLLaVA's vision tower is a ConvNeXt: "
-                "pass a ConvNextConfig."
+                f"vision_config is of the model type {vision.model_type!r}, but ConvLLaVA's vision tower is a "
+                "ConvNeXt: pass a ConvNextConfig."
             )
         lengths = {
             "num_stages": vision.num_stages,
@@ -141,11 +144,28 @@ def _as_text_config(config):
         config = {"vocab_size": _DEFAULT_VOCAB_SIZE}
     if isinstance(config, dict):
         config = {"model_type": "llama", **config}
+        if "rope_parameters" in config and _TRANSFORMERS_4:
+            config = _with_rope_of_transformers_4(config)
         config = AutoConfig.for_model(**config)
     return config
 
 
-# `transformers serve` finds a model's class by name in transformers' own table of multimodal models, which transformers
-# 4 does not have. The entry lets it take the class that this checkpoint's `auto_map` names.
+def _with_rope_of_transformers_4(config: dict) -> dict:
+    """transformers 5 writes `rope_parameters`, of which 4 would silently take no notice: the same under 4's names."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(
+            f"text_config.rope_parameters differs between layer types ({', '.join(rope)}), which transformers "
+            f"{transformers.__version__} cannot be told of a {config['model_type']}: install transformers 5."
+        )
+    config.update({name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope})
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    return config
+
+
+# `transformers serve` finds a model's class by name in transformers' own table of multimodal models, which
+# transformers 4 does not have. The entry lets it take the class that this checkpoint's `auto_map` names.
 if hasattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("convllava", "ConvLlavaForConditionalGeneration")

@@ -24,8 +24,8 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
     """Prepares pictures as the original ConvLLaVA does, to the pixel.
 
     Args:
-        image_aspect_ratio (`str`, defaults to `"pad"`): how a picture comes to the tower's shape. `"pad"`: put into the
-            middle of a square of the mean colour, then resized.
+        image_aspect_ratio (`str`, defaults to `"pad"`): how a picture comes to the tower's shape. `"pad"`: put into
+            the middle of a square of the mean colour, then resized.
         size (`dict` or `int`, defaults to 768 x 768): `height` and `width` in pixels of what the tower sees; both
             multiples of `stride`, and equal for `"pad"`.
         stride (`int`, defaults to 64): side in pixels of the square that one visual token stands for.
@@ -129,17 +129,12 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
             pictures.append(_normalise(pixels, scale, mean if do_normalize else None, std))
         if not pictures:
             raise ValueError("No pictures were given. Pass at least one, or leave `images` out for text alone.")
-        sizes = [picture.shape[1:] for picture in pictures]
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"Without resizing, the pictures of a batch come out in different sizes: {sizes} (height, width). Keep "
-                "do_resize=True or pass them one at a time."
-            )
-        data = {"pixel_values": pictures, "image_sizes": [list(size) for size in sizes]}
+        sizes = [list(picture.shape[1:]) for picture in pictures]
+        data = {"pixel_values": _pad_to_common_size(pictures), "image_sizes": sizes}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def get_image_size(self, height: int, width: int, **kwargs) -> tuple[int, int]:
-        """Height and width in pixels that the tower sees of a picture of `height` x `width`; arguments as in a call."""
+        """Height and width in pixels that the tower sees of a picture of such a size; arguments as in a call."""
         mode = kwargs.get("image_aspect_ratio") or self.image_aspect_ratio
         size = _square_size(kwargs.get("size") or self.size, self.stride, mode)
         return size["height"], size["width"]
@@ -251,6 +246,15 @@ def _pad_to_square(picture: Image.Image, mean) -> Image.Image:
     square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _pad_to_common_size(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Zeros at the right and bottom of the smaller pictures, which the vision tower leaves out of account."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    return [
+        np.pad(picture, ((0, 0), (0, height - picture.shape[1]), (0, width - picture.shape[2])))
+        for picture in pictures
+    ]
 
 
 def _normalise(pixels: np.ndarray, scale: float | None, mean, std) -> np.ndarray:

@@ -4,6 +4,7 @@
 Read from top to bottom: outputs, vision tower, projector, `ConvLlavaModel`, `ConvLlavaForConditionalGeneration`.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass
 
@@ -68,8 +69,8 @@ class ConvLlavaVisionStage(ConvNextStage):
             features: (N, C, H, W).
             mask: (N, 1, H', W') with this stage's H' and W', 1 where the picture is and 0 in the padding; `None` when
                 every picture fills the batch. Only the depthwise convolution looks at neighbours (stem and
-                downsampling take whole patches, which padding never shares with a picture), so zeroing its input's
-                padding, which is what the convolution itself pads with, makes a picture's features those it gets alone.
+                downsampling take whole patches, which padding never shares with a picture). It pads with zeros itself,
+                so zeroing the padding of its input makes a picture's features those that it gets alone.
         """
         for layer in self.downsampling_layer:
             features = layer(features)
@@ -122,8 +123,12 @@ class ConvLlavaVisionTower(ConvNextPreTrainedModel):
     """
 
     supports_gradient_checkpointing = True
-    # Stages are called one by one with their masks, so a device map may cut between them but not inside a block.
     _no_split_modules = ["ConvNextLayer"]
+    # It has no attention, so whichever kind the language model is asked to use suits it.
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -231,7 +236,27 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; `config.json` gets every entry of `auto_map`, not the saved class's alone."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        with _as_its_own_class(self):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _as_its_own_class(model: PreTrainedModel):
+    """Undoes FSDP2's swap of a model's class while the model is saved.
+
+    `fully_shard` makes every module an instance of a class of torch's own making; transformers would ship the file in
+    which that one is defined in place of ours, and nobody could load the checkpoint.
+    """
+    swapped = type(model)
+    model.__class__ = next(
+        parent
+        for parent in swapped.__mro__
+        if issubclass(parent, PreTrainedModel) and parent.__module__.partition(".")[0] != "torch"
+    )
+    try:
+        yield
+    finally:
+        model.__class__ = swapped
 
 
 def _with_skip_list(quantization_config, modules: list[str]):
@@ -366,9 +391,9 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         # Counting waits for the device; a compiled graph is not interrupted for it.
         if not torch.compiler.is_compiling() and (count := int(mask.sum())) != num_features:
             raise ValueError(
-                f"The prompts hold {count} picture placeholders (token {self.config.image_token_id}), but the pictures "
-                f"have {num_features} visual tokens. Let ConvLlavaProcessor expand each <image>, and do not truncate "
-                "its input_ids."
+                f"The prompts hold {count} picture placeholders (token {self.config.image_token_id}), but the "
+                f"pictures have {num_features} visual tokens. Let ConvLlavaProcessor expand each <image>, and do not "
+                "truncate its input_ids."
             )
         return mask.unsqueeze(-1)
 
@@ -389,6 +414,17 @@ def _tied_weights_keys():
     if hasattr(PreTrainedModel, "get_expanded_tied_weights_keys"):
         return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     return ["lm_head.weight"]
+
+
+def _scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
+    """What some language models do to the logits of their head: Cohere, Granite and Gemma 2 in this order."""
+    if (factor := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
@@ -471,7 +507,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             **{**kwargs, "return_dict": True},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = _scale_logits(self.lm_head(outputs.last_hidden_state[:, keep]), self.config.text_config)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -486,9 +522,11 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         """As in transformers; pictures go in with the prompt only, since the cache holds what they were."""
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
         # transformers 5 drops them by itself and tells the steps apart; transformers 4 counts cache positions.
         cache_position = kwargs.get("cache_position")
         if cache_position is not None and cache_position[0] != 0:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From conversations and pictures to the model's inputs."""
 
+import json
+import os
 import re
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -24,8 +26,8 @@ class ConvLlavaProcessor(ProcessorMixin):
 
     Args:
         image_processor (`ConvLlavaImageProcessor`).
-        tokenizer (`PreTrainedTokenizerFast`): knows `image_token` as a token of its own. Its padding side becomes left,
-            which generating in batches needs; pass `padding_side="right"` to a call for training.
+        tokenizer (`PreTrainedTokenizerFast`): knows `image_token` as a token of its own. Its padding side becomes
+            left, which generating in batches needs; pass `padding_side="right"` to a call for training.
         chat_template (`str`, *optional*): Jinja template that writes `image_token` once for each picture.
         image_token (`str`, defaults to `"<image>"`): where a picture goes.
         image_suffix (`str`, defaults to `""`): put between a picture's placeholders and ordinary text after them. A
@@ -67,8 +69,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             images: one picture or a (nested) list in the order of the placeholders; see `ConvLlavaImageProcessor`.
             text: one prompt or a list, with one `<image>` for each picture.
             return_mm_token_type_ids (`bool`): also return `mm_token_type_ids`, 1 where a placeholder is, else 0.
-            return_text_replacement_offsets (`bool`): also return what each `<image>` was replaced by and where, and let
-                `offset_mapping` refer to the text after it. Without it, `offset_mapping` refers to `text` as given.
+            return_text_replacement_offsets (`bool`): also return what each `<image>` was replaced by and where, and
+                let `offset_mapping` refer to the text after it; otherwise it refers to `text` as passed.
             **kwargs: of the tokenizer and of `ConvLlavaImageProcessor`; `text_kwargs`, `images_kwargs` as dicts.
 
         Returns:
@@ -123,7 +125,7 @@ class ConvLlavaProcessor(ProcessorMixin):
         return features
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As in transformers. Also on transformers 4, a message's content may be a string or hold `image_url` parts."""
+        """As in transformers; a message's content may be a string or hold `image_url` parts, also on 4.x."""
         if isinstance(conversation, (list, tuple)) and conversation:
             if isinstance(conversation[0], dict):
                 conversation = _with_content_parts(conversation)
@@ -131,10 +133,16 @@ class ConvLlavaProcessor(ProcessorMixin):
                 conversation = [_with_content_parts(messages) for messages in conversation]
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; `preprocessor_config.json` is written too, where transformers 4 looks for it."""
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers; what is written can be read by both of its majors, whichever wrote it."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        # transformers 4 looks for the image processor in preprocessor_config.json.
         self.image_processor.save_pretrained(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        _let_transformers_4_read_tokenizer(os.path.join(save_directory, "tokenizer_config.json"))
+        if push_to_hub:
+            repository = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repository, **kwargs)
+        return files
 
     @property
     def model_input_names(self) -> list[str]:
@@ -234,10 +242,23 @@ class ConvLlavaProcessor(ProcessorMixin):
                 )
                 limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
                 raise ValueError(
-                    f"Prompt {index} is {total} tokens long, {needed} of them visual tokens, and truncation to {limit} "
-                    f"tokens would keep only {kept} visual tokens. Raise max_length, use smaller or fewer pictures, or "
-                    "turn truncation off; only text can be cut."
+                    f"Prompt {index} is {total} tokens long, {needed} of them visual tokens, and truncation to "
+                    f"{limit} tokens would keep only {kept} visual tokens. Raise max_length, use smaller or fewer "
+                    "pictures, or turn truncation off; only text can be cut."
                 )
+
+
+def _let_transformers_4_read_tokenizer(path: str) -> None:
+    """Replaces the names that only transformers 5 knows in a saved tokenizer's configuration by those of 4, which 5
+    still reads."""
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _pop(kwargs: dict, name: str):

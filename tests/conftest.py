@@ -24,6 +24,8 @@ from convllava_hf import (  # noqa: E402
 )
 
 
+torch.set_num_threads(1)  # more only get in each other's way on models this small
+
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATE = Path(__file__).parents[1] / "modeling" / "chat_template.jinja"
 SIDE = 128  # pixels; two by two visual tokens at stride 64
@@ -66,6 +68,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<image>"],
         padding_side="left",
         model_max_length=2048,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -1,0 +1,293 @@
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ask, make_model, make_picture, make_processor, make_tokenizer
+from transformers import AutoProcessor
+
+from convllava_hf import ConvLlavaImageProcessor, ConvLlavaProcessor
+
+
+IMAGE = 3  # the placeholder's id in the tiny tokenizer
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+
+
+def rendered(processor, messages, **kwargs) -> str:
+    return processor.apply_chat_template(messages, **kwargs)
+
+
+def part(kind, value=None) -> dict:
+    return {"type": "image"} if kind == "image" else {"type": "text", "text": value}
+
+
+@pytest.mark.parametrize("side, tokens", [(64, 1), (128, 4), (320, 25)])
+def test_each_picture_gets_a_placeholder_for_every_visual_token(side, tokens):
+    processor = make_processor(side)
+    output = processor(images=make_picture(), text="Look: <image> there", return_tensors="pt")
+    assert (output["input_ids"] == IMAGE).sum() == tokens
+    model = make_model()
+    assert len(model.get_image_features(output["pixel_values"], output["image_sizes"]).pooler_output[0]) == tokens
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(100, 60), (7, 5)])
+    assert counted.num_image_tokens == [tokens] * 2 and counted.num_image_patches == [1, 1]
+
+
+def test_counts_follow_a_size_chosen_per_call(processor):
+    output = processor(images=[make_picture()] * 2, text="<image><image>", size=192, return_tensors="pt")
+    assert (output["input_ids"] == IMAGE).sum() == 18 and output["pixel_values"].shape == (2, 3, 192, 192)
+    assert processor._get_num_multimodal_tokens(image_sizes=[(10, 20)], size=192).num_image_tokens == [9]
+    nested = processor(
+        images=[make_picture()] * 2, text="<image><image>", images_kwargs={"size": 192}, return_tensors="pt"
+    )
+    assert (nested["input_ids"] == IMAGE).sum() == 18
+
+
+def test_pictures_of_different_sizes_get_different_counts(processor):
+    images = [make_picture(64, 64), make_picture(128, 128)]
+    output = processor(images=images, text="<image> and <image>.", do_resize=False, return_tensors="pt")
+    assert (output["input_ids"] == IMAGE).sum() == 1 + 4
+    with torch.no_grad():
+        assert make_model()(**output).logits.isfinite().all()
+
+
+def test_template_is_vicunas(processor):
+    chat = [
+        {"role": "user", "content": [part("image"), part("text", "What is it?")]},
+        {"role": "assistant", "content": [part("text", "A cat.")]},
+        {"role": "user", "content": "And now?"},
+    ]
+    expected = f"<s>{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A cat.</s>USER: And now? "
+    assert rendered(processor, chat) == expected
+    assert rendered(processor, chat, add_generation_prompt=True) == expected + "ASSISTANT:"
+    system = [{"role": "system", "content": "Be brief."}, *chat[:1]]
+    assert rendered(processor, system) == "<s>Be brief. USER: <image>\nWhat is it? "
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ([part("text", "Q"), part("image")], "<image>\nQ"),
+        ([part("image"), part("image"), part("text", "Q")], "<image>\n<image>\nQ"),
+        ([part("image"), part("text", "Q"), part("image")], "<image>\n<image>\nQ"),
+        ([part("text", "Look at "), part("image"), part("text", " now")], "Look at <image> now"),
+        (
+            [part("image"), part("text", "a "), part("image"), part("text", " b"), part("image")],
+            "<image>\na <image> b<image>",
+        ),
+        ([part("image")], "<image>\n"),
+        ([part("text", ""), part("image"), part("text", "Q")], "<image>\nQ"),
+        ([{"type": "text", "text": "Q", "image": None}], "Q"),
+        ("Look at <image> now", "Look at <image> now"),
+    ],
+)
+def test_pictures_stand_first_unless_between_texts(processor, content, expected):
+    text = rendered(processor, [{"role": "user", "content": content}])
+    assert text == f"<s>{SYSTEM} USER: {expected} "
+
+
+def test_unknown_roles_are_refused(processor):
+    with pytest.raises(Exception, match="role is 'tool'"):
+        rendered(processor, [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "x"}])
+    with pytest.raises(Exception, match="role is 'system'"):
+        rendered(processor, [{"role": "user", "content": "Hi"}, {"role": "system", "content": "x"}])
+
+
+def test_template_and_processor_call_agree(processor):
+    chat = ask("What?", make_picture())
+    tokenized = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    text = rendered(processor, chat, add_generation_prompt=True)
+    called = processor(images=[make_picture()], text=text, add_special_tokens=False, return_tensors="pt")
+    assert tokenized.keys() == called.keys()
+    for name in called:
+        assert torch.equal(tokenized[name], called[name])
+    assert (tokenized["input_ids"] == 1).sum() == 1  # one beginning of sequence
+
+
+def test_openai_parts_and_strings_are_understood(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    make_picture().save(path)
+    ours = ask("What?", str(path))
+    openai = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": str(path)}},
+                {"type": "text", "text": "What?"},
+            ],
+        }
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    first, second = (processor.apply_chat_template(chat, **options) for chat in (ours, openai))
+    assert torch.equal(first["input_ids"], second["input_ids"])
+    assert torch.equal(first["pixel_values"], second["pixel_values"])
+    text = processor.apply_chat_template([{"role": "user", "content": "Hello"}], **options)
+    assert "pixel_values" not in text
+
+
+def test_batches_are_padded_left_and_on_request_right(processor):
+    texts = ["short", "a much longer prompt"]
+    left = processor(text=texts, padding=True, return_tensors="pt")
+    assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][0, -1] == 1
+    right = processor(text=texts, padding=True, padding_side="right", return_tensors="pt")
+    assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    assert ConvLlavaProcessor(ConvLlavaImageProcessor(), tokenizer).tokenizer.padding_side == "left"
+
+
+ANSWERS = ["A cat, black and white.", "Yes."]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_assistant_masks_cover_the_answers_exactly(processor, pictures, padding_side):
+    def conversation(question, count):
+        chat = ask(question, *[make_picture()] * count)
+        chat.append({"role": "assistant", "content": [part("text", ANSWERS[0])]})
+        chat.append({"role": "user", "content": [part("text", "Really?")]})
+        chat.append({"role": "assistant", "content": [part("text", ANSWERS[1])]})
+        return chat
+
+    options = {"padding": True, "padding_side": padding_side}
+    if not transformers.__version__.startswith("4."):
+        options = {"processor_kwargs": options}
+    output = processor.apply_chat_template(
+        [conversation("What is this?", pictures), conversation("Short?", 0)],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        **options,
+    )
+    expected = " " + "</s> ".join(ANSWERS) + "</s>"
+    for ids, mask in zip(output["input_ids"], torch.as_tensor(output["assistant_masks"]), strict=True):
+        assert processor.tokenizer.decode(ids[mask.bool()]) == expected
+    assert "offset_mapping" not in output and "text_replacement_offsets" not in output
+
+
+def test_modality_of_every_token(processor):
+    output = processor(
+        images=[make_picture()] * 2,
+        text=["<image> a <image>", "text"],
+        padding=True,
+        return_mm_token_type_ids=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(output["mm_token_type_ids"] == 1, output["input_ids"] == IMAGE)
+    nested = processor(text="text", text_kwargs={"return_mm_token_type_ids": True})
+    assert nested["mm_token_type_ids"] == [[0] * len(nested["input_ids"][0])]
+
+
+def test_replacements_tell_what_went_where(processor):
+    text = "a <image> b <image>"
+    output = processor(
+        images=[make_picture()] * 2,
+        text=text,
+        return_text_replacement_offsets=True,
+        return_offsets_mapping=True,
+        return_tensors="pt",
+    )
+    first, second = output["text_replacement_offsets"][0]
+    assert first["type"] == "image" and text[slice(*first["span"])] == text[slice(*second["span"])] == "<image>"
+    expanded = text.replace("<image>", "<image>" * 4)
+    assert expanded[slice(*first["new_span"])] == expanded[slice(*second["new_span"])] == "<image>" * 4
+    starts = [
+        start for (start, _), token in zip(output["offset_mapping"][0], output["input_ids"][0]) if token == IMAGE
+    ]
+    assert starts == [2 + 7 * index for index in range(4)] + [2 + 28 + 3 + 7 * index for index in range(4)]
+
+
+def test_offsets_refer_to_the_text_as_passed(processor):
+    text = "a <image> b"
+    output = processor(images=[make_picture()], text=text, return_offsets_mapping=True, add_special_tokens=False)
+    pieces = [text[slice(*offsets)] for offsets in output["offset_mapping"][0]]
+    assert "".join(pieces).replace("<image>" * 4, "<image>") == text and pieces.count("<image>") == 4
+
+
+def test_suffix_goes_between_a_picture_and_ordinary_text_alone():
+    processor = make_processor(64, image_suffix="~")
+    images = [make_picture()] * 5
+    expanded, _ = processor.get_text_with_replacements(
+        ["<image>a<image><image></s>b<image>\n<image>"], ["<image>"] * 5
+    )
+    assert expanded == ["<image>~a<image><image></s>b<image>~\n<image>"]
+    ids = processor(images=images, text="<image>a<image><image></s>b<image>\n<image>", add_special_tokens=False)
+    assert processor.tokenizer.decode(ids["input_ids"][0]) == expanded[0]
+
+
+def test_truncation_cuts_text_and_never_a_picture(processor):
+    text = "<image> is a picture that is followed by many words"
+    whole = processor(images=make_picture(), text=text)["input_ids"][0]
+    options = {"images": make_picture(), "text": text, "truncation": True}
+    cut = processor(**options, max_length=10)["input_ids"][0]
+    assert cut == whole[:10] and cut.count(IMAGE) == 4
+    message = f"Prompt 0 is {len(whole)} tokens long, 4 of them visual tokens, and truncation to 3 tokens .* only"
+    with pytest.raises(ValueError, match=message):
+        processor(**options, max_length=3)
+
+
+@pytest.mark.parametrize(
+    "text, images, message",
+    [
+        ("no place", 1, "0 <image> but 1 pictures"),
+        ("<image>", 0, "1 <image> but 0 pictures"),
+        ("<image><image>", 1, "2 <image> but 1 pictures"),
+        (["<image>", "<image>"], 3, "2 <image> but 3 pictures"),
+    ],
+)
+def test_numbers_of_pictures_and_places_must_agree(processor, text, images, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=[make_picture()] * images or None)
+
+
+def test_numbers_must_agree_for_every_prompt(processor):
+    picture = make_picture()
+    with pytest.raises(ValueError, match="Prompt 0 has 2 <image> but 1 pictures"):
+        processor(text=["<image><image>", "<image>"], images=[[picture], [picture, picture]])
+    processor(text=["<image><image>", "text"], images=[[picture, picture], []])
+
+
+def test_other_nonsense_is_refused(processor):
+    with pytest.raises(ValueError, match="Pass text, images or both"):
+        processor()
+    with pytest.raises(ValueError, match="list of strings, not int"):
+        processor(text=3)
+    with pytest.raises(ValueError, match="neither videos nor audio"):
+        processor(text="x", videos=[1])
+
+
+def test_a_tokenizer_without_the_placeholder_is_refused():
+    with pytest.raises(ValueError, match="does not know '<picture>'.*add_special_tokens"):
+        ConvLlavaProcessor(ConvLlavaImageProcessor(), make_tokenizer(), image_token="<picture>")
+
+
+def test_pictures_alone_and_text_alone(processor):
+    assert set(processor(images=make_picture(), return_tensors="pt")) == {"pixel_values", "image_sizes"}
+    assert set(processor(text="x", return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+
+def test_survives_saving(processor, tmp_path):
+    suffixed = make_processor(image_suffix=" ")
+    suffixed.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert type(again) is ConvLlavaProcessor and again.tokenizer.padding_side == "left"
+    chat = ask("What?", make_picture())
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "np"}
+    before, after = (each.apply_chat_template(chat, **options) for each in (suffixed, again))
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_placeholders_typed_by_a_user_can_be_made_harmless(processor):
+    if not hasattr(type(processor.tokenizer), "_mark_chat_inputs"):
+        pytest.skip("this transformers cannot sanitize control tokens")
+    chat = ask("I type <image> and </s>.", make_picture())
+    output = processor.apply_chat_template(chat, tokenize=True, return_dict=True, sanitize_control_tokens=True)
+    ids = output["input_ids"][0]
+    assert ids.count(IMAGE) == 4 and ids.count(2) == 0
+    assert "I type <image> and </s>." in processor.tokenizer.decode(ids)
