@@ -6,6 +6,7 @@ Read from top to bottom: outputs, vision tower, projector, `ConvLlavaModel`, `Co
 
 import contextlib
 import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModel, Cache, ConvNextPreTrainedModel, GenerationMi
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextStage
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
 
 from .configuration_convllava import ConvLlavaConfig, tower_stride, visual_token_grid
@@ -135,6 +137,11 @@ class ConvLlavaVisionTower(ConvNextPreTrainedModel):
         self.embeddings = ConvNextEmbeddings(config)
         self.encoder = ConvLlavaVisionEncoder(config)
         self.stride = tower_stride(config)
+        # transformers fixes the eps of these norms at 1e-6; some of timm's ConvNeXts were trained with another.
+        if (eps := getattr(config, "norm_eps", None)) is not None:
+            for module in self.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = eps
         self.post_init()
 
     def forward(
@@ -221,16 +228,20 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_unquantized = ("vision_tower", "multi_modal_projector")
+    # Quantizers match from the beginning of a name, and a checkpoint may be loaded as either model.
+    _keep_unquantized = (
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "vision_tower",
+        "multi_modal_projector",
+        "lm_head",
+    )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
-        """As in transformers; a `quantization_config` without a skip list of its own leaves tower and projector alone.
-
-        Quantizers take full module names; a bare `vision_tower` they would silently ignore.
-        """
+        """As in transformers; a `quantization_config` without a skip list quantizes the language model alone."""
         if quantization_config is not None:
-            kwargs["quantization_config"] = _with_skip_list(quantization_config, list(cls._keep_unquantized))
+            kwargs["quantization_config"] = _with_skip_list(quantization_config, cls._keep_unquantized)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -259,15 +270,15 @@ def _as_its_own_class(model: PreTrainedModel):
         model.__class__ = swapped
 
 
-def _with_skip_list(quantization_config, modules: list[str]):
-    """A copy of the config that leaves `modules` unquantized, unless it already says what to leave."""
+def _with_skip_list(quantization_config, modules: tuple[str, ...]):
+    """A copy of the config that leaves `modules` unquantized, unless it names itself what to leave."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
     quantization_config = copy.deepcopy(quantization_config)
-    is_dict = isinstance(quantization_config, dict)
-    fields = quantization_config if is_dict else vars(quantization_config)
-    name = "modules_to_not_convert" if "modules_to_not_convert" in fields else "llm_int8_skip_modules"
-    is_bitsandbytes = is_dict and (fields.get("load_in_4bit") or fields.get("load_in_8bit"))
-    if (name in fields or is_bitsandbytes) and fields.get(name) is None:
-        fields[name] = modules
+    arguments = inspect.signature(type(quantization_config).__init__).parameters
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if name in arguments and getattr(quantization_config, name, None) in (None, arguments[name].default):
+            setattr(quantization_config, name, list(modules))
     return quantization_config
 
 
@@ -431,7 +442,6 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
     """ConvLLaVA with the language model's head: answers questions about pictures."""
 
     _tied_weights_keys = _tied_weights_keys()
-    _keep_unquantized = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
     def __init__(self, config: ConvLlavaConfig):
         super().__init__(config)

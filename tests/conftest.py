@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools  # noqa: E402
 import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -150,4 +151,37 @@ def checkpoint(tmp_path_factory, model, processor) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted_checkpoint(tmp_path_factory):
+    """A function: the folder of a golden checkpoint, by its stage ("init" or "stage1" to "stage3"), converted once."""
+    from convllava_hf.convert import convert_checkpoint
+
+    @functools.cache
+    def convert(stage: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"converted-{stage}") / "model"
+        return convert_checkpoint(GOLDEN / f"checkpoint-{stage}", folder, progress=False)
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory) -> Path:
+    """A model wide enough in all its parts for every quantizer: what stays unquantized does so on purpose."""
+    shape = {**TEXT_SHAPE, "hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}
+    config = ConvLlavaConfig(
+        vision_config={
+            "depths": [1, 1, 1, 1, 1],
+            "hidden_sizes": [64, 64, 64, 64, 128],
+            "image_size": SIDE,
+            "initializer_range": 0.1,
+            "layer_scale_init_value": 0.5,
+        },
+        text_config=AutoConfig.for_model("llama", **shape),
+        image_token_id=3,
+    )
+    folder = tmp_path_factory.mktemp("wide")
+    make_model(config).save_pretrained(folder)
     return folder
