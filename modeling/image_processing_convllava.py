@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From pictures to `pixel_values`, with PIL and NumPy alone."""
 
+import io
 import os
 
 import numpy as np
@@ -76,9 +77,16 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         self.image_std = list(OPENAI_CLIP_STD if image_std is None else image_std)
 
     def fetch_images(self, images):
-        """Opens paths, URLs and base64 strings; pictures and arrays pass through, nested lists keep their shape."""
+        """Opens paths, URLs, base64 strings and the `bytes` and `path` of undecoded rows of `datasets`.
+
+        Pictures and arrays pass through, nested lists keep their shape.
+        """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
+        if isinstance(images, dict) and images.get("bytes") is not None:
+            return _decode(io.BytesIO(images["bytes"]), images.get("path") or "picture in a data set")
+        if isinstance(images, dict) and images.get("path") is not None:
+            return _open_picture(images["path"])
         if isinstance(images, (str, os.PathLike)):
             return _open_picture(images)
         return images
@@ -168,8 +176,12 @@ def _open_picture(source) -> Image.Image:
             raise ValueError(f"Cannot read a picture from {shown!r}: {error}") from error
     if not os.path.exists(name):
         raise FileNotFoundError(f"There is no picture at {shown!r}: check the path.")
+    return _decode(name, shown)
+
+
+def _decode(file, shown: str) -> Image.Image:
     try:
-        picture = Image.open(name)
+        picture = Image.open(file)
         picture.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{shown!r} is not a picture that PIL can read.") from error

@@ -138,7 +138,7 @@ class ConvLlavaProcessor(ProcessorMixin):
         files = super().save_pretrained(save_directory, **kwargs)
         # transformers 4 looks for the image processor in preprocessor_config.json.
         self.image_processor.save_pretrained(save_directory)
-        _let_transformers_4_read_tokenizer(os.path.join(save_directory, "tokenizer_config.json"))
+        _complete_tokenizer_config(os.path.join(save_directory, "tokenizer_config.json"))
         if push_to_hub:
             repository = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repository, **kwargs)
@@ -248,15 +248,19 @@ class ConvLlavaProcessor(ProcessorMixin):
                 )
 
 
-def _let_transformers_4_read_tokenizer(path: str) -> None:
-    """Replaces the names that only transformers 5 knows in a saved tokenizer's configuration by those of 4, which 5
-    still reads."""
+def _complete_tokenizer_config(path: str) -> None:
+    """Makes a saved tokenizer's configuration what both majors of transformers read alike.
+
+    Names that only transformers 5 knows become those of 4, which 5 still reads. The padding side that generating needs
+    is written, which transformers leaves out unless the tokenizer was loaded with it.
+    """
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["padding_side"] = "left"
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 

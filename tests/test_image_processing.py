@@ -103,6 +103,8 @@ def test_paths_base64_arrays_and_tensors_are_the_same_picture(tmp_path):
         path,
         encoded,
         f"data:image/png;base64,{encoded}",
+        {"bytes": path.read_bytes(), "path": None},
+        {"bytes": None, "path": str(path)},
         array,
         array.transpose(2, 0, 1),
         array.astype(np.float32) / 255,

@@ -227,13 +227,13 @@ def test_weights_are_initialised_as_the_parts_say():
 @pytest.mark.parametrize(
     "elsewhere", ["model.vision_tower", "model.vision_tower.encoder.stages.3", "model.language_model", "lm_head"]
 )
-def test_parts_can_be_offloaded(elsewhere, checkpoint, model, inputs):
+def test_parts_can_be_offloaded(elsewhere, checkpoint, model, inputs, tmp_path):
     """A device map may put any part elsewhere; on a machine without a GPU, "elsewhere" is the disk."""
     parts = ["lm_head", "model.multi_modal_projector", "model.language_model", "model.vision_tower.embeddings"]
     parts += [f"model.vision_tower.encoder.stages.{index}" for index in range(5)]
     device_map = {part: "disk" if part.startswith(elsewhere) else "cpu" for part in parts}
     loaded = ConvLlavaForConditionalGeneration.from_pretrained(
-        checkpoint, device_map=device_map, offload_folder=checkpoint / "offload"
+        checkpoint, device_map=device_map, offload_folder=tmp_path
     )
     assert any(parameter.is_meta for parameter in loaded.parameters())
     torch.testing.assert_close(last_logits(loaded, inputs), last_logits(model, inputs))

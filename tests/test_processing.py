@@ -196,7 +196,9 @@ def test_replacements_tell_what_went_where(processor):
     expanded = text.replace("<image>", "<image>" * 4)
     assert expanded[slice(*first["new_span"])] == expanded[slice(*second["new_span"])] == "<image>" * 4
     starts = [
-        start for (start, _), token in zip(output["offset_mapping"][0], output["input_ids"][0]) if token == IMAGE
+        start
+        for (start, _), token in zip(output["offset_mapping"][0], output["input_ids"][0], strict=True)
+        if token == IMAGE
     ]
     assert starts == [2 + 7 * index for index in range(4)] + [2 + 28 + 3 + 7 * index for index in range(4)]
 

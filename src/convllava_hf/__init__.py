@@ -4,19 +4,21 @@ Afterwards `AutoModelForImageTextToText`, `AutoModelForVision2Seq` (transformers
 `AutoImageProcessor` and `AutoConfig` load ConvLLaVA checkpoints without `trust_remote_code`.
 """
 
-import inspect
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-# transformers 5.16 without torchvision offers only a dummy at the top level.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from .modeling.configuration_convllava import ConvLlavaConfig
-from .modeling.image_processing_convllava import ConvLlavaImageProcessor
-from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration, ConvLlavaModel
-from .modeling.processing_convllava import ConvLlavaProcessor
-
+if TYPE_CHECKING:
+    from .registration import (
+        AutoModelForVision2Seq,
+        ConvLlavaConfig,
+        ConvLlavaForConditionalGeneration,
+        ConvLlavaImageProcessor,
+        ConvLlavaModel,
+        ConvLlavaProcessor,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -29,33 +31,21 @@ __all__ = [
     "ConvLlavaProcessor",
 ]
 
-# transformers 5 dropped the name; its successor does the same.
-AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", AutoModelForImageTextToText)
+
+def __getattr__(name: str):
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.registration"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _register_image_processor() -> None:
-    """One class, PIL-backed, whichever backend transformers 5 would rather have; transformers 4 calls it slow."""
-    if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
-        classes = {"image_processor_classes": dict.fromkeys(("pil", "torchvision"), ConvLlavaImageProcessor)}
-    else:
-        classes = {"slow_image_processor_class": ConvLlavaImageProcessor}
-    AutoImageProcessor.register(ConvLlavaConfig, **classes, exist_ok=True)
+def _command_line_starts() -> bool:
+    """Whether this process is `convllava ...` or `python -m convllava_hf ...`."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # what it is while Python looks for the module to run
+        return __name__ in sys.orig_argv
+    return Path(program).name in ("convllava", "convllava.exe")
 
 
-def _register() -> None:
-    AutoConfig.register(ConvLlavaConfig.model_type, ConvLlavaConfig, exist_ok=True)
-    AutoModel.register(ConvLlavaConfig, ConvLlavaModel, exist_ok=True)
-    for name in ("AutoModelForVision2Seq", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-        if (auto_class := getattr(transformers, name, None)) is not None:
-            auto_class.register(ConvLlavaConfig, ConvLlavaForConditionalGeneration, exist_ok=True)
-    _register_image_processor()
-    AutoProcessor.register(ConvLlavaConfig, ConvLlavaProcessor, exist_ok=True)
-    # Checkpoints saved from here carry the code that loads them.
-    ConvLlavaConfig.register_for_auto_class()
-    ConvLlavaModel.register_for_auto_class("AutoModel")
-    ConvLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    ConvLlavaImageProcessor.register_for_auto_class("AutoImageProcessor")
-    ConvLlavaProcessor.register_for_auto_class("AutoProcessor")
-
-
-_register()
+# The command line answers --help and mistakes without waiting for torch; it registers before it runs a command.
+if not _command_line_starts():
+    import_module(f"{__name__}.registration")

@@ -1,0 +1,206 @@
+"""Quantized loading: the language model's layers alone by default, and what the caller says otherwise."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_picture
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
+
+from convllava_hf.modeling.modeling_convllava import _with_skip_list
+
+
+KEPT = ("model.vision_tower.", "model.multi_modal_projector.", "lm_head")
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    text = "<s>USER: <image>\nWhat is on the sign? ASSISTANT:"
+    return processor(text=text, images=make_picture(), return_tensors="pt")
+
+
+@pytest.fixture(scope="module")
+def exact(wide_checkpoint, inputs) -> torch.Tensor:
+    """Logits of the model as it was saved."""
+    model = AutoModelForImageTextToText.from_pretrained(wide_checkpoint)
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def nf4() -> BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def int8() -> BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao_int8():
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTIZERS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8}
+# Of the logits' own spread: four bits, eight bits, eight bits for the weights alone.
+TOLERANCES = {"nf4": 0.35, "int8": 0.05, "torchao int8": 0.05}
+
+
+def quantized_modules(model) -> set[str]:
+    """The linear layers whose weights are no longer plain tensors of floats."""
+    found = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        plain = type(module.weight) is torch.nn.Parameter and module.weight.is_floating_point()
+        if not plain or type(module.weight.data) is not torch.Tensor:
+            found.add(name)
+    return found
+
+
+def linear_layers(model, prefix: str) -> set[str]:
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(prefix)
+    }
+
+
+def error_of(model, inputs, exact) -> float:
+    """Root mean square error of the logits, as a part of their spread."""
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+    return ((logits - exact).pow(2).mean().sqrt() / exact.std()).item()
+
+
+@pytest.fixture(scope="module", params=QUANTIZERS)
+def quantized(request, wide_checkpoint):
+    """Each quantizer's name, its model, its configuration as passed and a copy of that from before."""
+    config = QUANTIZERS[request.param]()
+    before = copy.deepcopy(config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        wide_checkpoint, quantization_config=config, device_map={"": "cpu"}
+    )
+    return request.param, model, config, before
+
+
+def test_the_language_models_layers_are_quantized_and_nothing_else(quantized):
+    _, model, _, _ = quantized
+    expected = linear_layers(model, "model.language_model.layers.")
+    assert len(expected) == 14
+    assert quantized_modules(model) == expected
+    kept = linear_layers(model, KEPT)
+    assert len(kept) == 10 + 2 + 1
+    for name, parameter in model.named_parameters():
+        if name.startswith(KEPT):
+            assert parameter.dtype == torch.float32, name
+
+
+def test_tower_and_projector_give_exactly_the_same(quantized, wide_checkpoint, inputs):
+    model = quantized[1]
+    plain = AutoModelForImageTextToText.from_pretrained(wide_checkpoint)
+    pictures = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
+    with torch.no_grad():
+        found = model.get_image_features(**pictures).pooler_output[0]
+        expected = plain.get_image_features(**pictures).pooler_output[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_answers_stay_close(quantized, inputs, exact):
+    name, model, _, _ = quantized
+    assert 1e-5 < error_of(model, inputs, exact) < TOLERANCES[name]
+
+
+def test_the_configuration_that_was_passed_is_left_as_it_was(quantized):
+    _, _, config, before = quantized
+    assert config.to_dict() == before.to_dict()
+
+
+def test_a_quantized_model_survives_saving(quantized, inputs, tmp_path):
+    _, model, _, _ = quantized
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert quantized_modules(again) == quantized_modules(model)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["nf4"])
+def test_a_quantized_checkpoint_loads_as_the_base_model(name, wide_checkpoint, inputs, tmp_path):
+    """Whose names lack the prefix that the saved skip list has."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        wide_checkpoint, quantization_config=QUANTIZERS[name](), device_map={"": "cpu"}
+    )
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert {f"model.{layer}" for layer in quantized_modules(base)} == quantized_modules(model)
+    with torch.no_grad():
+        torch.testing.assert_close(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+def test_the_base_model_leaves_its_tower_alone_too(wide_checkpoint):
+    model = AutoModel.from_pretrained(wide_checkpoint, quantization_config=nf4(), device_map={"": "cpu"})
+    assert quantized_modules(model) == linear_layers(model, "language_model.layers.")
+
+
+def test_the_callers_own_skip_list_goes_before_ours(wide_checkpoint):
+    config = nf4()
+    config.llm_int8_skip_modules = ["lm_head", "model.language_model.layers.0"]
+    model = AutoModelForImageTextToText.from_pretrained(
+        wide_checkpoint, quantization_config=config, device_map={"": "cpu"}
+    )
+    found = quantized_modules(model)
+    assert not any(name.startswith("model.language_model.layers.0.") for name in found)
+    assert found >= linear_layers(model, "model.vision_tower.") | linear_layers(model, "model.multi_modal_projector.")
+    assert "lm_head" not in found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    ],
+    ids=["nf4", "int8"],
+)
+def test_a_configuration_may_be_a_dict(wide_checkpoint, config):
+    pytest.importorskip("bitsandbytes")
+    before = dict(config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        wide_checkpoint, quantization_config=config, device_map={"": "cpu"}
+    )
+    assert quantized_modules(model) == linear_layers(model, "model.language_model.layers.")
+    assert config == before
+
+
+def test_a_dict_may_have_a_skip_list_of_its_own(wide_checkpoint):
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForImageTextToText.from_pretrained(
+        wide_checkpoint,
+        quantization_config={"load_in_4bit": True, "llm_int8_skip_modules": ["model.language_model", "lm_head"]},
+        device_map={"": "cpu"},
+    )
+    assert quantized_modules(model) == linear_layers(model, ("model.vision_tower.", "model.multi_modal_projector."))
+
+
+def test_a_configuration_without_a_method_is_refused(wide_checkpoint):
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModelForImageTextToText.from_pretrained(wide_checkpoint, quantization_config={"bits": 4})
+
+
+def test_a_list_that_is_the_quantizers_default_is_not_the_callers():
+    """As HQQ has one, which runs on GPUs only."""
+
+    class Config:
+        def __init__(self, skip_modules=["lm_head"]):  # noqa: B006 (as in transformers)
+            self.skip_modules = skip_modules
+
+    keep = ("model.vision_tower", "lm_head")
+    assert _with_skip_list(Config(), keep).skip_modules == list(keep)
+    assert _with_skip_list(Config(["model.vision_tower"]), keep).skip_modules == ["model.vision_tower"]
+    assert _with_skip_list(Config([]), keep).skip_modules == []
+    assert Config().skip_modules == ["lm_head"]
