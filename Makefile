@@ -1,0 +1,65 @@
+# `make help` lists the targets. Everything is installed into a virtual environment inside the checkout.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+# `make test-compat TRANSFORMERS=4.57.6`: CPU only, one version of transformers, no torchvision and no extras.
+TRANSFORMERS ?= 4.57.6
+COMPAT_TORCH ?= 2.13.0
+COMPAT_VENV := .venv-$(TRANSFORMERS)
+
+BIN := $(VENV)/bin
+# Compiling all of torch while installing takes longer than compiling what is imported.
+PIP := -m pip --disable-pip-version-check --no-input install --quiet --no-compile
+
+.PHONY: help quickstart test test-quick test-compat style format wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed ## install, then convert a checkpoint of the original code and ask it about a picture
+	$(BIN)/convllava quickstart
+
+test: $(VENV)/.installed-dev ## install with the test tools and run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-quick: $(VENV)/.installed-dev ## the tests that take a few seconds at most
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of transformers: TRANSFORMERS=4.57.6
+	$(COMPAT_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+style: $(VENV)/.installed-dev ## lint, and check the formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## mend what the linter and the formatter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed-dev ## build the wheel, and use it without the checkout
+	rm -rf dist build
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python $(PIP) --no-deps --target build/wheel dist/*.whl
+	cd build && $(abspath $(BIN))/python $(CURDIR)/tests/check_wheel.py wheel
+
+clean: ## remove what the targets made, environments included
+	rm -rf $(VENV) .venv-* build dist quickstart .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an environment is made anew when pyproject.toml is newer than it.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --editable '.[dev]'
+	touch $(VENV)/.installed $@
+
+$(COMPAT_VENV)/.installed-compat: pyproject.toml
+	$(PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_VENV)/bin/python $(PIP) torch==$(COMPAT_TORCH) transformers==$(TRANSFORMERS) pytest --editable .
+	touch $@

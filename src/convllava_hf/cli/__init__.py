@@ -1,0 +1,65 @@
+"""The command `convllava`: one module a command, each with `register(subparsers)` and `run(args) -> int`.
+
+Modules of commands import nothing heavy outside `run`, so that `convllava --help` answers at once.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from ..errors import ConvLlavaError
+from . import ask, assemble, chat, convert, data, quickstart, train
+
+
+COMMANDS = (quickstart, convert, assemble, ask, chat, data, train)
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# What the person at the keyboard can mend. Every other exception is a fault of this program and keeps its traceback.
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="convllava", description="Convert, assemble and ask ConvLLaVA models through transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"convllava {version('convllava-hf')}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for a result that is not as it should be, 2 for a mistake in
+    what was asked for, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    # Importing torchao beside a newer torch makes torch log what only its developers can mend.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    try:
+        from .. import ConvLlavaConfig  # noqa: F401  (registers the model, which takes seconds: not before it is needed)
+
+        return args.run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone. Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except ConvLlavaError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if not isinstance(error, _FILE_ERRORS) and error.errno not in _STORAGE_ERRNOS:
+            raise
+        return _complain(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
+
+
+def _complain(message: str) -> int:
+    print("convllava: error:", " ".join(message.split()), file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -1,0 +1,54 @@
+"""`convllava ask`: one question about one picture."""
+
+import argparse
+import json
+
+from .common import add_generation_arguments, load_assistant, show
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "ask",
+        help="ask one question about a picture",
+        description="Ask one question about a picture. The answer streams to standard output.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a converted checkpoint, or its id on the Hub")
+    parser.add_argument("image", metavar="IMAGE", help="path or URL of a picture")
+    parser.add_argument("question", metavar="QUESTION", help="put <image> into it to place the picture in the text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the answer and its figures")
+    add_generation_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..inference import check_checkpoint, open_picture, system_turn, user_turn
+
+    # All that can be refused is refused before the weights are read.
+    check_checkpoint(args.model)
+    messages = [system_turn(args.system)] if args.system else []
+    messages.append(user_turn(args.question, [open_picture(args.image)]))
+    assistant = load_assistant(args)
+    answer = assistant.answer(
+        messages,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        on_text=None if args.json else show,
+    )
+    if not args.json:
+        print()
+        return 0
+    report = {
+        "model": args.model,
+        "image": args.image,
+        "question": args.question,
+        "answer": answer.text,
+        "visual_tokens": answer.visual_tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": len(answer.token_ids),
+        "first_token_seconds": round(answer.first_token_seconds, 4),
+        "total_seconds": round(answer.seconds, 4),
+        "device": str(assistant.device),
+        "dtype": str(assistant.dtype).removeprefix("torch."),
+    }
+    print(json.dumps(report, ensure_ascii=False))
+    return 0

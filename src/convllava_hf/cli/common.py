@@ -1,0 +1,80 @@
+"""What several commands share: options of generation, loading a model, and what it says meanwhile."""
+
+import argparse
+import sys
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that load a model and let it answer."""
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="length of an answer at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="0 always takes the likeliest token, more draws (default: %(default)s)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message, in place of the chat template's own")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: bfloat16 where the device has it, else float16 on GPU, float32 on CPU",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("4bit", "8bit"),
+        help="load the language model in 4 or 8 bits by bitsandbytes",
+    )
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def load_assistant(args: argparse.Namespace):
+    """The model that the options name, loaded."""
+    quiet_unless_watched()
+    errors_alone()
+    from ..inference import load
+
+    return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization)
+
+
+def quiet_unless_watched() -> None:
+    """Switch off transformers' progress bars where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+def errors_alone() -> None:
+    """Let transformers log errors alone: its warnings are about code, which whoever asks a question did not write."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+def show(text: str) -> None:
+    """Print a piece of a streaming answer."""
+    print(text, end="", flush=True)

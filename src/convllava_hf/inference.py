@@ -1,0 +1,393 @@
+"""Load a ConvLLaVA and ask it: what `convllava ask`, `chat` and `quickstart` share, usable from Python as well.
+
+>>> assistant = load("path/to/convllava")
+>>> picture = open_picture("photo.jpg")
+>>> assistant.answer([user_turn("What is on the sign?", [picture])], on_text=show).text
+"""
+
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import cached_file
+
+from .errors import ConvLlavaError
+from .modeling.configuration_convllava import ConvLlavaConfig
+from .modeling.image_processing_convllava import ConvLlavaImageProcessor
+from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
+from .modeling.processing_convllava import ConvLlavaProcessor
+
+
+IMAGE_TOKEN = "<image>"
+QUANTIZATIONS = ("4bit", "8bit")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what it took.
+
+    `text`: the answer without special tokens. `token_ids`: the generated ids, special tokens included.
+    `visual_tokens` are counted in `prompt_tokens`. `first_token_seconds` and `seconds` count from the call, so they
+    hold the work on the pictures and the prompt, and not the loading of the model.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    visual_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A model and its processor, ready to be asked."""
+
+    model: ConvLlavaForConditionalGeneration
+    processor: ConvLlavaProcessor
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Continue a conversation by one answer.
+
+        Args:
+            messages: the conversation as chat templates take it; `system_turn`, `user_turn` and `assistant_turn` make
+                its entries.
+            max_new_tokens: the answer ends there if the model has not ended it before.
+            temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
+            on_text: called with each piece of text as it is generated, in this thread; what it raises ends the
+                generation and reaches the caller.
+
+        Raises:
+            ConvLlavaError: the conversation leaves no room for an answer in the model's context.
+        """
+        start = time.perf_counter()
+        inputs = self._inputs(messages)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        room = self._room_for_answer(prompt_tokens)
+        stream = _AnswerStream(self.processor.tokenizer, on_text)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else _GREEDY
+        try:
+            output = self.model.generate(
+                **inputs,
+                **sampling,
+                num_beams=1,
+                max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
+                streamer=stream,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConvLlavaError(
+                f"The memory of {self.device} does not hold this conversation of {prompt_tokens} tokens beside the "
+                f"model in {self.dtype}. Load the model in 4 bits, or ask about fewer pictures. {_first_line(error)}"
+            ) from error
+        token_ids = output[0, prompt_tokens:].tolist()
+        return Answer(
+            text=stream.text,
+            token_ids=token_ids,
+            prompt_tokens=prompt_tokens,
+            visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
+            first_token_seconds=stream.first_token_time - start,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _inputs(self, messages: list[dict[str, Any]]):
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return inputs.to(self.device, self.dtype)
+
+    def _room_for_answer(self, prompt_tokens: int) -> int | None:
+        """Tokens left for the answer; `None` where the language model's config names no limit."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return None
+        if prompt_tokens >= context:
+            raise ConvLlavaError(
+                f"The conversation has {prompt_tokens} tokens, and the model's context holds {context}, the answer "
+                "included. Start a new conversation, or ask about fewer pictures."
+            )
+        return context - prompt_tokens
+
+
+# Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
+_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+class _AnswerStream(BaseStreamer):
+    """Turns tokens into text as they come, and hands each piece on.
+
+    What a token reads as depends on its neighbours (SentencePiece's blanks, characters of several byte tokens), so new
+    tokens are decoded together with those of the piece before, and text that ends within a character waits for the
+    rest. `TextStreamer` of transformers holds text back to the next blank, and loses the blanks that begin a line.
+    """
+
+    def __init__(self, tokenizer, on_text: Callable[[str], None] | None):
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.first_token_time: float | None = None
+        self.text = ""
+        self._previous: list[int] = []  # tokens of the piece that was handed on last
+        self._new: list[int] = []
+        self._prompt_passed = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_passed:  # generate() sends the prompt first
+            self._prompt_passed = True
+            return
+        if self.first_token_time is None:
+            self.first_token_time = time.perf_counter()
+        self._new.extend(value.flatten().tolist())
+        self._hand_on(self._undecoded())
+
+    def end(self) -> None:
+        self._hand_on(self._undecoded(), at_the_end=True)
+
+    def _undecoded(self) -> str:
+        return self._decode(self._previous + self._new)[len(self._decode(self._previous)) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _hand_on(self, piece: str, at_the_end: bool = False) -> None:
+        if not piece or (piece.endswith("\N{REPLACEMENT CHARACTER}") and not at_the_end):
+            return
+        self._previous, self._new = self._new, []
+        self.text += piece
+        if self.on_text is not None:
+            self.on_text(piece)
+
+
+def system_turn(text: str) -> dict[str, Any]:
+    """The conversation's first entry, where the chat template's own system message will not do."""
+    return {"role": "system", "content": [{"type": "text", "text": text}]}
+
+
+def assistant_turn(text: str) -> dict[str, Any]:
+    """An answer given earlier in the conversation."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def user_turn(text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    """A question about pictures. They stand before the text, or where the text says `<image>`.
+
+    Raises:
+        ConvLlavaError: the text says `<image>` a number of times that is not the number of pictures.
+    """
+    texts = text.split(IMAGE_TOKEN)
+    if len(texts) == 1:
+        texts = [""] * len(pictures) + texts
+    if len(texts) != len(pictures) + 1:
+        raise ConvLlavaError(
+            f"The question says {IMAGE_TOKEN} {len(texts) - 1} times and comes with {len(pictures)} pictures. Give as "
+            f"many pictures as {IMAGE_TOKEN}, or leave {IMAGE_TOKEN} out: the pictures then stand before the question."
+        )
+    content: list[dict[str, Any]] = []
+    for piece, picture in zip(texts, [*pictures, None], strict=True):
+        if all(part["type"] == "image" for part in content):
+            piece = piece.removeprefix("\n")  # the chat template writes the line break after pictures that come first
+        if piece:
+            content.append({"type": "text", "text": piece})
+        if picture is not None:
+            content.append({"type": "image", "image": picture})
+    return {"role": "user", "content": content}
+
+
+def open_picture(source: str | os.PathLike) -> Image.Image:
+    """Read a picture from a path, a URL or a data URL, as the image processor reads it.
+
+    Raises:
+        ConvLlavaError: there is no such file, or it is no picture.
+    """
+    name = os.fspath(source)
+    # Versions of transformers fetch with different HTTP libraries, whose errors have no base class in common.
+    refusals = Exception if name.startswith(("http://", "https://")) else (OSError, ValueError)
+    try:
+        return ConvLlavaImageProcessor().fetch_images(name)
+    except refusals as error:
+        raise ConvLlavaError(f"Cannot read the picture {name!r}: {_first_line(error)}") from error
+
+
+def load(
+    source: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
+) -> Assistant:
+    """Load a ConvLLaVA checkpoint for inference.
+
+    Args:
+        source: folder of a checkpoint in transformers' layout, or its id on the Hub.
+        device: default: CUDA, else Apple's GPU, else the CPU.
+        dtype: a torch dtype or its name; default: what `choose_dtype` says of the device.
+        quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
+
+    Raises:
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
+            quantization asked for is not there.
+    """
+    check_checkpoint(source)
+    device = choose_device(device)
+    dtype = choose_dtype(device, dtype)
+    options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, dtype)
+    try:
+        processor = ConvLlavaProcessor.from_pretrained(source)
+        model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
+    except (OSError, SafetensorError) as error:
+        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {_first_line(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise ConvLlavaError(
+            f"The memory of {device} does not hold the model in {dtype}. Load it in 4 bits. {_first_line(error)}"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ConvLlavaError(
+            f"The checkpoint {os.fspath(source)!r} lacks {len(missing)} of the model's tensors, the first of them "
+            f"{missing[0]}: its files are incomplete, or its config.json is another model's."
+        )
+    return Assistant(model.eval(), processor)
+
+
+def check_checkpoint(source: str | os.PathLike) -> None:
+    """Look at config.json alone, before anything large is read.
+
+    Raises:
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint; the message says what it is.
+    """
+    name = os.fspath(source)
+    config = _read_config(name)
+    model_type = config.get("model_type")
+    if model_type == ConvLlavaConfig.model_type:
+        return
+    if "mm_vision_tower" in config:
+        raise ConvLlavaError(
+            f"{name!r} is a checkpoint in the layout of the original code (model_type {model_type!r}). Convert it "
+            f"first: convllava convert {name} OUT"
+        )
+    raise ConvLlavaError(
+        f"{name!r} is no ConvLLaVA checkpoint: its config.json has the model_type {model_type!r}, and "
+        f"{ConvLlavaConfig.model_type!r} is expected."
+    )
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.is_file():
+        raise ConvLlavaError(f"{name!r} is a file, and the folder of a checkpoint is expected.")
+    if path.is_dir():
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            raise ConvLlavaError(f"{name!r} is no checkpoint: the folder holds no config.json.")
+    else:
+        config_file = _fetch_config(name)
+    try:
+        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvLlavaError(f"{str(config_file)!r} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConvLlavaError(f"{str(config_file)!r} holds no JSON object, so it is no model's configuration.")
+    return config
+
+
+def _fetch_config(name: str) -> str:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        repo_like = False
+    else:
+        repo_like = "/" in name and not name.startswith((".", "~"))
+    if not repo_like:
+        raise ConvLlavaError(f"There is no folder {name!r}, and it is no model's id on the Hub (owner/name) either.")
+    try:
+        return cached_file(name, "config.json")
+    except OSError as error:
+        raise ConvLlavaError(
+            f"There is no folder {name!r}, and no model of that id could be read from the Hub: {_first_line(error)}"
+        ) from error
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or the best there is: CUDA, else Apple's GPU (`mps`), else the CPU.
+
+    Raises:
+        ConvLlavaError: the device is unknown to torch or is not in this machine.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise ConvLlavaError(f"The device {str(device)!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+    """The dtype asked for, or bfloat16 where the device computes in it natively.
+
+    A GPU without bfloat16 gets float16, as in the original's inference code: float32 would not fit 7 B parameters into
+    most of them. A CPU without it gets float32: it emulates the others, slower than float32 is.
+
+    Raises:
+        ConvLlavaError: the name is none of `DTYPES`.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ConvLlavaError(f"The dtype {dtype!r} is not supported: choose one of {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return torch.float16
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16 in hardware; `False` where torch is too old to tell."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization not in QUANTIZATIONS:
+        raise ConvLlavaError(f"quantization is {quantization!r}: choose one of {', '.join(QUANTIZATIONS)}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConvLlavaError(f"{quantization} needs bitsandbytes: pip install 'convllava-hf[quantization]'")
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    """An error's message up to its first line break: transformers' messages go on with advice for other models."""
+    return re.split(r"\s*\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__

@@ -1,0 +1,396 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+import argparse
+import copy
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import make_picture
+
+from convllava_hf import cli
+from convllava_hf.errors import ConvLlavaError
+
+
+EXACT = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "24"]
+QUESTION = "What number is on the sign?\nAnswer the question using a single word or phrase."
+
+
+@pytest.fixture(scope="module")
+def converted(golden, tmp_path_factory):
+    """The golden checkpoint, converted by the command that users call."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    assert cli.main(["convert", str(golden / "checkpoint-stage3"), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    make_picture().save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The one line that a command says before it exits with code 2."""
+    assert cli.main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("convllava: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def run(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "convllava_hf", *argv], capture_output=True, text=True, encoding="utf-8", **kwargs
+    )
+
+
+# --- asking
+
+
+def test_ask_prints_what_the_original_answered(converted, golden, golden_cases, capsys):
+    argv = ["ask", str(converted), str(golden / "images" / "tall.png"), QUESTION]
+    assert cli.main([*argv, *EXACT]) == 0
+    assert capsys.readouterr().out == golden_cases["tall-ocr"]["text"] + "\n"
+
+
+def test_ask_json(converted, golden, golden_cases, capsys):
+    picture = str(golden / "images" / "tall.png")
+    assert cli.main(["ask", str(converted), picture, QUESTION, "--json", *EXACT]) == 0
+    report = json.loads(capsys.readouterr().out)
+    seconds = report.pop("total_seconds")
+    assert 0 < report.pop("first_token_seconds") <= seconds
+    case = golden_cases["tall-ocr"]
+    assert report == {
+        "model": str(converted),
+        "image": picture,
+        "question": QUESTION,
+        "answer": case["text"],
+        "visual_tokens": 25,
+        "prompt_tokens": len(case["input_ids"]) - 1 + 25,
+        "new_tokens": len(case["generated"]),
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+def test_ask_places_the_picture_where_the_question_says(converted, golden, golden_cases, capsys):
+    question = "Look at <image> and say what it is."
+    assert cli.main(["ask", str(converted), str(golden / "images" / "rgba.png"), question, *EXACT]) == 0
+    assert capsys.readouterr().out == golden_cases["inline"]["text"] + "\n"
+
+
+def test_ask_with_a_system_message(checkpoint, picture, capsys):
+    outputs = []
+    for system in ([], ["--system", "Be brief."]):
+        assert cli.main(["ask", str(checkpoint), str(picture), "What?", "--json", *EXACT, *system]) == 0
+        outputs.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    assert outputs[0] > outputs[1]
+
+
+def test_mistakes_in_ask(checkpoint, golden, picture, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("no picture")
+    asked = [str(picture), "What?"]
+    assert "missing.png" in refusal(capsys, "ask", str(checkpoint), "missing.png", "What?")
+    assert "text.jpg" in refusal(capsys, "ask", str(checkpoint), str(tmp_path / "text.jpg"), "What?")
+    assert "no config.json" in refusal(capsys, "ask", str(tmp_path), *asked)
+    assert "no folder 'nowhere'" in refusal(capsys, "ask", "nowhere", *asked)
+    assert "convllava convert" in refusal(capsys, "ask", str(golden / "checkpoint-stage3"), *asked)
+    assert "2 times" in refusal(capsys, "ask", str(checkpoint), str(picture), "<image> <image>")
+    assert "'toaster'" in refusal(capsys, "ask", str(checkpoint), *asked, "--device", "toaster")
+
+
+def test_picture_is_read_before_the_model(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("convllava_hf.inference.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    refusal(capsys, "ask", str(checkpoint), "missing.png", "What?")
+    refusal(capsys, "chat", str(checkpoint), "--image", "missing.png")
+
+
+# --- chatting
+
+
+def chat(capsys, monkeypatch, lines: list[str], *argv: str) -> tuple[list[str], str]:
+    """Lines of standard output and the whole of standard error after these lines of input."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    assert cli.main(["chat", *argv, *EXACT]) == 0
+    captured = capsys.readouterr()
+    return captured.out.splitlines(), captured.err
+
+
+def test_chat_remembers(checkpoint, picture, capsys, monkeypatch):
+    from convllava_hf.inference import Assistant, assistant_turn, open_picture, system_turn, user_turn
+
+    answer, asked, answered = Assistant.answer, [], []
+
+    def recording(self, messages, **kwargs):
+        asked.append(messages)
+        answered.append(answer(self, messages, **kwargs).text)
+        return answer(self, messages, max_new_tokens=24)
+
+    monkeypatch.setattr(Assistant, "answer", recording)
+    argv = [str(checkpoint), "--image", str(picture), "--system", "Be brief."]
+    output, _ = chat(capsys, monkeypatch, ["Describe it.", f"/image {picture}", "And this?", "Why?"], *argv)
+    shown = open_picture(picture)
+    expected = [
+        system_turn("Be brief."),
+        user_turn("Describe it.", [shown]),
+        assistant_turn(answered[0]),
+        user_turn("And this?", [shown]),
+        assistant_turn(answered[1]),
+        user_turn("Why?"),
+    ]
+    assert asked == [expected[:2], expected[:4], expected]
+    assert output == "".join(text + "\n" for text in answered).splitlines()
+
+
+def test_chat_commands(checkpoint, picture, capsys, monkeypatch):
+    answers = {}
+    for name, lines in {
+        "picture": [f"/image {picture}", "What?"],
+        "text": ["What?"],
+        "reset": [f"/image {picture}", "What?", "/reset", "What?"],
+        "reset before asking": [f"/image {picture}", "/reset", "What?"],
+        "quit": ["What?", "/quit", "What?"],
+        "blank lines": ["", "  ", "What?"],
+        "typo": ["/imagine", "What?"],
+        "bad pictures": ["/image missing.png", "/image", "What?"],
+        "wrong number": ["What is <image>?", "What?"],
+    }.items():
+        answers[name], errors = chat(capsys, monkeypatch, lines, str(checkpoint))
+        expected = {"typo": "/imagine", "bad pictures": "missing.png", "wrong number": "1 times"}.get(name, "")
+        assert expected in errors
+        assert errors.count("\n") == {"bad pictures": 2, "typo": 1, "wrong number": 1}.get(name, 0)
+    text = answers["text"]
+    assert answers["picture"] != text
+    assert answers["reset"] == answers["picture"] + text
+    for name in ("reset before asking", "quit", "blank lines", "typo", "bad pictures", "wrong number"):
+        assert answers[name] == text
+    output, _ = chat(capsys, monkeypatch, ["/help"], str(checkpoint))
+    assert "/image PATH" in output[0]
+
+
+def test_interrupted_answer_is_forgotten_and_the_chat_goes_on(checkpoint, capsys, monkeypatch):
+    from convllava_hf.inference import Assistant
+
+    alone, _ = chat(capsys, monkeypatch, ["What?"], str(checkpoint))
+    answer, calls = Assistant.answer, []
+
+    def interrupt_the_first(self, messages, **kwargs):
+        calls.append(messages)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return answer(self, messages, **kwargs)
+
+    monkeypatch.setattr(Assistant, "answer", interrupt_the_first)
+    output, errors = chat(capsys, monkeypatch, ["Who?", "What?"], str(checkpoint))
+    assert output == ["", *alone]
+    assert "Interrupted" in errors
+
+
+# --- converting and assembling
+
+
+def test_convert_refuses_what_is_there_and_overwrites_when_told(golden, tmp_path, capsys):
+    source, output = str(golden / "checkpoint-init"), str(tmp_path / "model")
+    assert cli.main(["convert", source, output, "--dtype", "bfloat16"]) == 0
+    assert output in capsys.readouterr().out
+    assert output in refusal(capsys, "convert", source, output)
+    assert cli.main(["convert", source, output, "--overwrite"]) == 0
+
+
+def test_convert_refuses_what_is_no_original_checkpoint(checkpoint, tmp_path, capsys):
+    output = str(tmp_path / "model")
+    refusal(capsys, "convert", str(tmp_path / "nowhere"), output)
+    refusal(capsys, "convert", str(checkpoint), output)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["convert_checkpoint", "assemble"])
+def test_options_reach_the_functions(name, monkeypatch, tmp_path):
+    """Every option of the two commands, at a value that is not its default."""
+    seen = {}
+    monkeypatch.setattr(f"convllava_hf.convert.{name}", lambda *args, **kwargs: seen.update(args=args, **kwargs))
+    if name == "assemble":
+        options = {"resolution": 768, "extra_stage_depth": 0, "extra_stage_width": 96, "dtype": "float32", "seed": 7}
+        options |= {"vision": "tower", "text": "llm"}
+        argv, positional = ["assemble", "out"], ("out",)
+    else:
+        options = {"vision_tower": "tower", "dtype": "float16", "max_shard_size": "1GB"}
+        argv, positional = ["convert", "in", "out"], ("in", "out")
+    for option, value in options.items():
+        argv += ["--" + option.replace("_", "-"), str(value)]
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert seen.pop("progress") == sys.stderr.isatty()
+    assert seen == {"args": positional, "overwrite": True, **options}
+
+
+# --- quickstart
+
+
+def test_quickstart(golden, golden_cases, tmp_path, capsys):
+    argv = ["quickstart", "--golden", str(golden), "--out", str(tmp_path)]
+    for _ in range(2):  # a second run replaces what the first wrote
+        assert cli.main(argv) == 0
+        assert golden_cases["tall-ocr"]["text"] in capsys.readouterr().out
+
+
+def test_quickstart_notices_another_answer(golden, golden_cases, tmp_path, capsys):
+    other = tmp_path / "golden"
+    other.mkdir()
+    for name in ("checkpoint-stage3", "images"):
+        (other / name).symlink_to(golden / name)
+    cases = copy.deepcopy(golden_cases)
+    cases["tall-ocr"]["generated"][-2] += 1
+    (other / "inference.json").write_text(json.dumps(cases))
+    assert cli.main(["quickstart", "--golden", str(other), "--out", str(tmp_path / "out")]) == 1
+    assert "NOT what the original code generated" in capsys.readouterr().out
+
+
+def test_quickstart_outside_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "tests/golden/inference.json" in refusal(capsys, "quickstart")
+
+
+# --- the frame
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConvLlavaError("one\nand two"), "one and two"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), "No such file or directory: a.txt"),
+        (FileExistsError("out exists"), "out exists"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.txt"), "Permission denied: a.txt"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(error, said, capsys, monkeypatch):
+    assert said in refusal_of(error, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), KeyError("x"), OSError("x"), TypeError("x")])
+def test_faults_of_the_program_keep_their_traceback(error, capsys, monkeypatch):
+    with pytest.raises(type(error)):
+        refusal_of(error, capsys, monkeypatch)
+
+
+def refusal_of(error: Exception, capsys, monkeypatch) -> str:
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli.quickstart, "run", fail)
+    return refusal(capsys, "quickstart")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["sing"],
+        ["ask", "model"],
+        ["ask", "m", "i", "q", "--max-new-tokens", "0"],
+        ["ask", "m", "i", "q", "--temperature", "-1"],
+        ["ask", "m", "i", "q", "--temperature", "nan"],
+        ["ask", "m", "i", "q", "--dtype", "int3"],
+        ["assemble", "out", "--vision", "v", "--text", "t", "--extra-stage-depth", "-1"],
+    ],
+)
+def test_arguments_that_argparse_refuses(argv, capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(argv)
+    assert exited.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.__name__.rsplit(".", 1)[-1])
+def test_every_command_has_help(command, capsys):
+    name = command.__name__.rsplit(".", 1)[-1]
+    if name == "train":  # its help is made by the libraries that it needs
+        for library in ("trl", "peft", "datasets", "matplotlib"):
+            pytest.importorskip(library)
+    with pytest.raises(SystemExit) as exited:
+        cli.main([name, "--help"])
+    assert exited.value.code == 0
+    assert f"convllava {name}" in capsys.readouterr().out
+
+
+def test_dtypes_offered_are_those_known():
+    from convllava_hf.cli.common import DTYPES
+    from convllava_hf.inference import DTYPES as KNOWN
+    from convllava_hf.inference import QUANTIZATIONS
+
+    assert set(DTYPES) == set(KNOWN)
+    parser = argparse.ArgumentParser()
+    cli.common.add_generation_arguments(parser)
+    assert parser.parse_args(["--quantization", QUANTIZATIONS[0]]).quantization == QUANTIZATIONS[0]
+
+
+def test_help_and_version_do_not_wait_for_torch():
+    code = "import sys; sys.argv[0] = 'convllava'; from convllava_hf.cli import main; main()"
+    for starter in ([sys.executable, "-m", "convllava_hf"], [sys.executable, "-c", code]):
+        imports = subprocess.run(
+            [starter[0], "-X", "importtime", *starter[1:], "--help"], capture_output=True, text=True, check=True
+        )
+        assert "usage: convllava" in imports.stdout
+        loaded = {line.rsplit("|", 1)[-1].strip() for line in imports.stderr.splitlines()}
+        assert "argparse" in loaded
+        assert not {"torch", "transformers", "PIL", "numpy"} & loaded
+
+
+def test_version():
+    from convllava_hf import __version__
+
+    assert run("--version").stdout == f"convllava {__version__}\n"
+
+
+@pytest.mark.slow
+def test_process_says_one_line_and_exits_2(tmp_path):
+    process = run("ask", str(tmp_path), "missing.png", "What?", stdin=subprocess.DEVNULL)
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert [line for line in process.stderr.splitlines() if "convllava" in line] == [
+        f"convllava: error: '{tmp_path}' is no checkpoint: the folder holds no config.json."
+    ]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_prompt_ends_without_a_traceback(checkpoint):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "convllava_hf", "chat", str(checkpoint), *EXACT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write("/help\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith("/image")  # it is up and reading
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_reader_that_goes_away_is_no_error(checkpoint, picture):
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", "convllava_hf", "ask", str(checkpoint), str(picture), "What?", *EXACT],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert process.returncode == 141
+    assert "Traceback" not in process.stderr
+    assert "Exception ignored" not in process.stderr
