@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import image_utils
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, load_image
@@ -15,6 +16,11 @@ from .configuration_convllava import visual_token_grid
 
 
 IMAGE_ASPECT_RATIOS = ("pad",)
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# transformers fetches URLs with httpx since version 5; the errors of requests, which 4 uses, are OSErrors.
+_HTTP = getattr(image_utils, "httpx", None)
+_UNREACHABLE = (_HTTP.HTTPError, _HTTP.InvalidURL) if _HTTP else ()
 
 
 class ConvLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -172,7 +178,7 @@ def _open_picture(source) -> Image.Image:
     if is_remote or (not os.path.exists(name) and _looks_like_base64(name)):
         try:
             return load_image(name)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (*_UNREADABLE, *_UNREACHABLE) as error:
             raise ValueError(f"Cannot read a picture from {shown!r}: {error}") from error
     if not os.path.exists(name):
         raise FileNotFoundError(f"There is no picture at {shown!r}: check the path.")
@@ -185,7 +191,7 @@ def _decode(file, shown: str) -> Image.Image:
         picture.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{shown!r} is not a picture that PIL can read.") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"The picture {shown!r} cannot be decoded: {error}") from error
     return picture
 

@@ -183,6 +183,12 @@ def test_bad_files_are_named(name, content, error, message, tmp_path):
         PROCESSOR(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/picture.png", "http://[picture.png"])
+def test_a_url_that_does_not_answer_is_named(url):
+    with pytest.raises(ValueError, match="Cannot read a picture from 'http://"):
+        PROCESSOR(url)
+
+
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(ValueError, match="cannot be decoded"):
         PROCESSOR(tmp_path)

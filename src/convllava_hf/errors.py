@@ -1,4 +1,4 @@
-"""The one exception class of this package."""
+"""The exception class of this package, and how other libraries' errors are quoted in its messages."""
 
 
 class ConvLlavaError(ValueError):
@@ -7,3 +7,9 @@ class ConvLlavaError(ValueError):
     The command line shows the message as one line without a traceback and exits with code 2. Being a `ValueError`,
     it is caught by code that already handles transformers' own complaints.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message up to its first line break: what follows is often advice about another library."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__

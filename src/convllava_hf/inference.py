@@ -8,7 +8,6 @@
 import importlib.util
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers import BitsAndBytesConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import cached_file
 
-from .errors import ConvLlavaError
+from .errors import ConvLlavaError, first_line
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
@@ -106,7 +105,7 @@ class Assistant:
         except torch.OutOfMemoryError as error:
             raise ConvLlavaError(
                 f"The memory of {self.device} does not hold this conversation of {prompt_tokens} tokens beside the "
-                f"model in {self.dtype}. Load the model in 4 bits, or ask about fewer pictures. {_first_line(error)}"
+                f"model in {self.dtype}. Load the model in 4 bits, or ask about fewer pictures. {first_line(error)}"
             ) from error
         token_ids = output[0, prompt_tokens:].tolist()
         return Answer(
@@ -227,12 +226,10 @@ def open_picture(source: str | os.PathLike) -> Image.Image:
         ConvLlavaError: there is no such file, or it is no picture.
     """
     name = os.fspath(source)
-    # Versions of transformers fetch with different HTTP libraries, whose errors have no base class in common.
-    refusals = Exception if name.startswith(("http://", "https://")) else (OSError, ValueError)
     try:
         return ConvLlavaImageProcessor().fetch_images(name)
-    except refusals as error:
-        raise ConvLlavaError(f"Cannot read the picture {name!r}: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise ConvLlavaError(f"Cannot read the picture {name!r}: {first_line(error)}") from error
 
 
 def load(
@@ -263,10 +260,10 @@ def load(
         processor = ConvLlavaProcessor.from_pretrained(source)
         model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:
-        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {_first_line(error)}") from error
+        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(
-            f"The memory of {device} does not hold the model in {dtype}. Load it in 4 bits. {_first_line(error)}"
+            f"The memory of {device} does not hold the model in {dtype}. Load it in 4 bits. {first_line(error)}"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise ConvLlavaError(
@@ -330,7 +327,7 @@ def _fetch_config(name: str) -> str:
         return cached_file(name, "config.json")
     except OSError as error:
         raise ConvLlavaError(
-            f"There is no folder {name!r}, and no model of that id could be read from the Hub: {_first_line(error)}"
+            f"There is no folder {name!r}, and no model of that id could be read from the Hub: {first_line(error)}"
         ) from error
 
 
@@ -346,7 +343,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise ConvLlavaError(f"The device {str(device)!r} cannot be used: {_first_line(error)}") from error
+        raise ConvLlavaError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -386,8 +383,3 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's message up to its first line break: transformers' messages go on with advice for other models."""
-    return re.split(r"\s*\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from ..errors import ConvLlavaError
+from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
 from . import layout
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
-from .reading import Weights, first_line, locate
+from .reading import Weights, locate
 from .templates import template_with_pictures
 from .tokenizers import IMAGE_TOKEN, add_image_token, load_original_tokenizer, prefix_after
 from .towers import StateDict, Tower, read_tower

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ConvLlavaError
+from ..errors import ConvLlavaError, first_line
 from .writing import SAFETENSORS_DTYPES
 
 
@@ -51,12 +51,6 @@ def locate(reference: str | Path, what: str) -> Path:
             f"{what}: there is no folder {str(reference)!r}, and as an id on the Hub it cannot be downloaded: "
             f"{first_line(error)}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """An exception's reason, short enough for another's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def read_json(path: Path, what: str) -> dict:

@@ -20,10 +20,10 @@ from transformers.image_utils import (
     PILImageResampling,
 )
 
-from ..errors import ConvLlavaError
+from ..errors import ConvLlavaError, first_line
 from .keys import CONVNEXT_TABLE, TIMM_TABLE, Table, rename_key
 from .original import tower_config_of
-from .reading import Weights, first_line, locate, read_json
+from .reading import Weights, locate, read_json
 
 
 logger = logging.getLogger(__name__)
