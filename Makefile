@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # Compiling all of torch while installing takes longer than compiling what is imported.
 PIP := -m pip --disable-pip-version-check --no-input install --quiet --no-compile
 
-.PHONY: help quickstart test test-quick test-compat style format wheel clean
+.PHONY: help quickstart test test-slow test-compat style format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,11 +21,11 @@ help: ## list the targets
 quickstart: $(VENV)/.installed ## install, then convert a checkpoint of the original code and ask it about a picture
 	$(BIN)/convllava quickstart
 
-test: $(VENV)/.installed-dev ## install with the test tools and run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev ## install with the test tools and run the quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
 
-test-quick: $(VENV)/.installed-dev ## the tests that take a few seconds at most
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+test-slow: $(VENV)/.installed-dev ## the tests that take longer: servers, killed runs, several processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of transformers: TRANSFORMERS=4.57.6
 	$(COMPAT_VENV)/bin/python -m pytest $(PYTEST_ARGS)

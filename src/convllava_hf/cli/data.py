@@ -1,0 +1,190 @@
+"""`convllava data`: check a data set before training on it, and look at single samples as the model sees them."""
+
+import argparse
+import json
+import os
+import sys
+
+from .common import positive_int, quiet_unless_watched
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "data",
+        help="check a data set, or look at a sample of it",
+        description="Look at conversations with pictures before training on them.",
+    )
+    commands = parser.add_subparsers(title="commands", dest="data_command", metavar="COMMAND", required=True)
+    _register_check(commands)
+    _register_inspect(commands)
+
+
+def _register_check(commands) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="count what a data set holds, and find what is wrong with it",
+        description="Read every sample and decode every picture. Exit code 1 if something is wrong.",
+    )
+    _add_source(parser)
+    parser.add_argument(
+        "--model", metavar="MODEL", help="folder or Hub id of a checkpoint: also count tokens as it does"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=2048,
+        metavar="N",
+        help="tokens a sample may have, with --model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=positive_int, metavar="N", help="processes (default: one for each CPU, up to 16)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="problems of a kind to show (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.set_defaults(run=run_check)
+
+
+def _register_inspect(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show one sample as the model will see it",
+        description="Show a sample as rendered by the chat template, its tokens with those that a loss is taken on "
+        "marked, and its pictures as preprocessed.",
+    )
+    _add_source(parser)
+    parser.add_argument("--index", required=True, type=int, metavar="N", help="which sample, from 0")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a checkpoint")
+    parser.add_argument(
+        "--save", metavar="PNG", help="write the picture as the model sees it, further ones as NAME-2.png and so on"
+    )
+    parser.set_defaults(run=run_inspect)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", metavar="FILE", help="JSON, JSONL or parquet file, a folder of them, or a data set's id on the Hub"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder that paths of pictures start from and must stay in (default: FILE's)"
+    )
+    parser.add_argument("--split", default="train", help="of a data set with splits (default: %(default)s)")
+    parser.add_argument("--name", help="configuration of a data set on the Hub")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from ..data.checking import check_data
+
+    _be_quiet()
+    report = check_data(
+        args.file,
+        args.images,
+        model=args.model,
+        split=args.split,
+        name=args.name,
+        max_length=args.max_length,
+        workers=args.workers,
+        examples=args.examples,
+        progress=sys.stderr.isatty(),
+    )
+    if args.json:
+        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **report.as_dict()}))
+    else:
+        print("\n".join(_table(args, report.as_dict())))
+    return 0 if report.clean else 1
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from ..data.inspecting import inspect_sample, save_pictures
+
+    _be_quiet()
+    seen = inspect_sample(args.file, args.images, args.index, args.model, split=args.split, name=args.name)
+    paths = save_pictures(seen, args.save) if args.save else []
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"Sample {seen.index}" + (f" ({_printable(seen.id)})" if seen.id else ""))
+    print("\nText", _printable(seen.text, keep="\n"), sep="\n")
+    print(
+        f"\nTokens: {len(seen.tokens)}, of them {seen.visual} visual; a loss is taken on {seen.supervised}, "
+        + ("in colour" if colour else "in [[ ]]")
+    )
+    print(_marked(seen.tokens, colour))
+    for number, picture in enumerate(seen.pictures):
+        (height, width), (seen_height, seen_width) = picture.size, picture.seen
+        print(f"\nPicture {number + 1}: {_printable(picture.name)}")
+        print(f"{width} x {height} pixels, seen as {seen_width} x {seen_height}: {picture.tokens} visual tokens")
+        if paths:
+            print(f"Saved as {paths[number]}")
+    if not seen.pictures:
+        print("\nNo pictures" + (": nothing was saved" if args.save else ""))
+    return 0
+
+
+def _be_quiet() -> None:
+    quiet_unless_watched()
+    try:
+        import datasets
+    except ImportError:
+        return
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _table(args: argparse.Namespace, report: dict) -> list[str]:
+    counts = [("samples", report["samples"]), ("  text only", report["text_only"]), ("turns", report["turns"])]
+    counts.append(("pictures", report["pictures"]))
+    if tokens := report["tokens"]:
+        counts += [
+            ("tokens", tokens["total"]),
+            ("  visual", tokens["visual"]),
+            ("  with loss", tokens["supervised"]),
+            ("  longest sample", tokens["longest"]),
+            ("  mean sample", round(tokens["total"] / max(1, tokens["samples"]))),
+        ]
+    width = max(len(name) for name, _ in counts) + 2
+    lines = [_printable(args.file), *(f"{name:<{width}}{count:>14,}" for name, count in counts), ""]
+    if report["ok"]:
+        return [*lines, "Nothing wrong was found."]
+    lines.append(f"{report['bad_samples']:,} of {report['samples']:,} samples have something wrong:")
+    width = max(len(problem["kind"]) for problem in report["problems"])
+    for problem in report["problems"]:
+        for number, example in enumerate(problem["examples"]):
+            head = f"{problem['count']:>8,}  {problem['kind']:<{width}}" if number == 0 else " " * (width + 10)
+            where = "" if example["sample"] is None else f"sample {example['sample']}"
+            where += f" ({_printable(example['id'])}): " if example["id"] is not None else ": " if where else ""
+            lines.append(f"{head}  {where}{_printable(example['detail'])}")
+        if (more := problem["count"] - len(problem["examples"])) > 0:
+            lines.append(f"{' ' * (width + 12)}and {more:,} more")
+    if not tokens:
+        lines += ["", "With --model, lengths and what a loss is taken on are checked as well."]
+    return lines
+
+
+def _marked(tokens: list, colour: bool) -> str:
+    """Tokens between bars, runs of supervised ones marked, runs of a picture's placeholders counted."""
+    start, end = ("\033[1;32m", "\033[0m") if colour else ("[[", "]]")
+    pieces, position = [], 0
+    while position < len(tokens):
+        token, run = tokens[position], 1
+        while token.visual and position + run < len(tokens) and tokens[position + run].visual:
+            run += 1
+        text = _printable(token.text.replace(" ", "▁").replace("\n", "\\n"))
+        text = text + (f" x {run}" if run > 1 else "")
+        before = position > 0 and tokens[position - 1].supervised
+        after = position + run < len(tokens) and tokens[position + run].supervised
+        if token.supervised:
+            text = (start if not before else "") + text + (end if not after else "")
+        pieces.append(text)
+        position += run
+    return "|".join(pieces)
+
+
+def _printable(text: str, keep: str = "") -> str:
+    """Text of others without what could steer a terminal."""
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )

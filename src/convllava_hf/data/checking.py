@@ -1,0 +1,204 @@
+"""Checks a data set before a training run stumbles over it."""
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import ConvLlavaError
+from .conversations import SampleError, pictures_of, sample_of
+from .paths import PictureFolder, located
+from .picture_files import examine
+from .reading import BrokenFileError, SampleFile
+from .report import Problem, Report, Tokens
+from .sources import open_records, picture_folder
+from .tokens import TokenCounter
+
+
+CHUNK = 64  # samples that a worker takes at once
+ALONE = 10  # seconds; what is done by then does not repay the start of workers, who import torch
+MOST_WORKERS = 16  # unless asked for; each takes up to 1 GB
+
+
+class SampleChecker:
+    """Looks at samples one by one.
+
+    Args:
+        folder: where pictures must lie.
+        processor: with one, tokens are counted as well.
+        max_length: tokens a sample may have.
+        examples: problems of a kind that are kept; all are counted.
+    """
+
+    def __init__(self, folder: PictureFolder, processor: Any = None, max_length: int = 2048, examples: int = 3):
+        self.folder = folder
+        self.examples = examples
+        self.max_length = max_length
+        self.count_tokens = None if processor is None else TokenCounter(processor, max_length)
+
+    def __call__(self, samples: Iterable[tuple[int, Any]]) -> Report:
+        report = Report(self.examples, tokens=None if self.count_tokens is None else Tokens())
+        for index, record in samples:
+            problems = list(self._problems(record, report))
+            identity = record.get("id") if isinstance(record, dict) else None
+            for kind, detail in problems:
+                report.add_problem(Problem(kind, detail, index, None if identity is None else str(identity)))
+            report.samples += 1
+            report.bad_samples += bool(problems)
+        return report
+
+    def _problems(self, record: Any, report: Report) -> Iterator[tuple[str, str]]:
+        """Problems of a sample as kind and detail; what it has is added to the report's counts."""
+        messages = None
+        try:
+            messages = sample_of(record)["messages"]
+            report.turns += sum(message["role"] != "system" for message in messages)
+        except SampleError as error:
+            yield error.kind, str(error)
+        try:
+            pictures = pictures_of(record) if isinstance(record, dict) else []
+        except SampleError:
+            return  # said already
+        report.pictures += len(pictures)
+        report.text_only += messages is not None and not pictures
+        sizes = []
+        for picture in pictures:
+            try:
+                examined = examine(located(picture, self.folder))
+            except SampleError as error:
+                yield error.kind, str(error)
+                continue
+            if examined.kind is not None:
+                yield examined.kind, examined.detail
+            if examined.size is not None:
+                sizes.append(examined.size)
+        if self.count_tokens is not None and messages is not None and len(sizes) == len(pictures):
+            yield from self._token_problems(messages, sizes, report)
+
+    def _token_problems(self, messages: list[dict], sizes: list, report: Report) -> Iterator[tuple[str, str]]:
+        tokens, supervised = self.count_tokens(messages, sizes)
+        report.tokens.add(tokens)
+        if tokens.total > self.max_length:
+            yield (
+                "too long",
+                f"It has {tokens.total} tokens, {tokens.visual} of them visual; the limit is {self.max_length}",
+            )
+        if not supervised:
+            within = f" within the first {self.max_length} tokens" if tokens.supervised else ""
+            yield "no supervised token", f"There is nothing to learn{within}"
+
+
+def check_data(
+    path: str | os.PathLike,
+    image_folder: str | os.PathLike | None = None,
+    *,
+    model: str | os.PathLike | None = None,
+    split: str = "train",
+    name: str | None = None,
+    max_length: int = 2048,
+    workers: int | None = None,
+    examples: int = 3,
+    progress: bool = False,
+) -> Report:
+    """Checks every sample and decodes every picture of a data set.
+
+    Args:
+        path, image_folder, split, name: as in `load_training_data`.
+        model: folder or Hub id of a checkpoint; its processor counts tokens.
+        max_length: tokens that a sample may have; needs `model`.
+        workers: processes to use where there is much to do; default: one for each CPU that this one may use, up to 16.
+        examples: problems of a kind that are kept; all are counted.
+        progress: show a bar on standard error.
+
+    Raises:
+        ConvLlavaError: there is no such data set, folder or model. What is wrong with the data is in the report.
+    """
+    records, _ = open_records(path, split=split, name=name)
+    checker = (picture_folder(path, image_folder), load_processor(model), max_length, examples)
+    report = Report(examples, tokens=None if model is None else Tokens())
+    broken: list[BrokenFileError] = []
+    by_bytes = isinstance(records, SampleFile)
+    unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if by_bytes else {"unit": " samples"}
+    with tqdm(total=records.size, desc="Checking", disable=not progress, **unit) as bar:
+        for part in _reports(_chunks(records, broken), checker, workers or _cpus()):
+            report.add(part)
+            bar.update(records.position - bar.n)
+    for error in broken:
+        report.add_problem(Problem("broken file", f"{error} Nothing after this place was read."))
+    return report
+
+
+def _chunks(records: Iterable[Any], broken: list[BrokenFileError]) -> Iterator[list[tuple[int, Any]]]:
+    """Samples with their indices; where the file breaks off, the error goes to `broken`."""
+
+    def readable() -> Iterator[Any]:
+        try:
+            yield from records
+        except BrokenFileError as error:
+            broken.append(error)
+
+    samples = enumerate(readable())
+    while chunk := list(itertools.islice(samples, CHUNK)):
+        yield chunk
+
+
+def _reports(chunks: Iterator[list], checker: tuple, workers: int) -> Iterator[Report]:
+    """Reports on the chunks, in their order."""
+    check = SampleChecker(*checker)
+    start = time.monotonic()
+    for chunk in chunks:
+        yield check(chunk)
+        if workers > 1 and time.monotonic() - start > ALONE:
+            break
+    else:
+        return
+    # Not forked: torch and the tokenizer may hold locks in threads of this process.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=checker) as pool:
+        pending: deque = deque()
+        try:
+            for chunk in chunks:
+                pending.append(pool.submit(_check_chunk, chunk))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise ConvLlavaError("A worker was killed, perhaps for want of memory. Try --workers 1.") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_checker: SampleChecker | None = None
+
+
+def _start_worker(*checker) -> None:
+    global _checker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _checker = SampleChecker(*checker)
+
+
+def _check_chunk(samples: list[tuple[int, Any]]) -> Report:
+    return _checker(samples)
+
+
+def _cpus() -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cpus, MOST_WORKERS)
+
+
+def load_processor(model: str | os.PathLike | None) -> Any:
+    if model is None:
+        return None
+    from ..inference import check_checkpoint
+    from ..modeling.processing_convllava import ConvLlavaProcessor
+
+    check_checkpoint(model)
+    return ConvLlavaProcessor.from_pretrained(model)

@@ -1,0 +1,213 @@
+"""Data sets of the Hub's form, in whatever columns they come, with the columns that training takes.
+
+Pictures that a table holds as bytes stay where they are, in files that are mapped into memory: only texts are written
+anew.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets as hf
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.fingerprint import Hasher
+
+from . import conversations, paths
+from .conversations import SampleError, pictures_of, sample_of
+from .paths import PictureFolder, located
+
+
+COLUMNS = ("messages", "images", "sample")
+TEXT_COLUMNS = ("messages", "conversations")
+PICTURE_COLUMNS = ("images", "image")
+PICTURES = hf.List(hf.Image(decode=False))
+FEATURES = hf.Features(
+    {
+        "messages": hf.List(
+            {"role": hf.Value("string"), "content": hf.List({"type": hf.Value("string"), "text": hf.Value("string")})}
+        ),
+        "images": PICTURES,
+        "sample": hf.Value("int64"),
+    }
+)
+# Part of the names of cached results, so that another version of this code does not find them.
+CODE = Hasher.hash([inspect.getsource(module) for module in (conversations, paths, sys.modules[__name__])])
+
+
+def training_row(record: Mapping, sample: int, folder: PictureFolder, source: str) -> dict[str, Any]:
+    """A row of `FEATURES` from a record of any form.
+
+    Raises:
+        SampleError: naming source, sample and id.
+    """
+    try:
+        row = sample_of(record)
+        pictures = [located(picture, folder) for picture in row["images"]]
+    except SampleError as error:
+        raise SampleError(error.kind, f"{source}, {name_of(sample, record)}: {error}") from None
+    return {"messages": row["messages"], "images": pictures, "sample": sample}
+
+
+def name_of(sample: int, record: Any) -> str:
+    """How messages name a sample: its index, and its id where it has one."""
+    identity = record.get("id") if isinstance(record, Mapping) else None
+    return f"sample {sample}" if identity in (None, "") else f"sample {sample} ({identity})"
+
+
+def check_columns(columns: list[str] | None, source: str) -> None:
+    """Refuses a data set without conversations.
+
+    Raises:
+        SampleError: naming the columns that there are.
+    """
+    if columns is not None and not set(columns) & set(TEXT_COLUMNS):
+        raise SampleError(
+            "malformed",
+            f"{source} has the columns {', '.join(columns)}; expected `messages` and `images`, or `conversations` and "
+            "`image`.",
+        )
+
+
+def streamed_columns(dataset: hf.IterableDataset, folder: PictureFolder, source: str) -> hf.IterableDataset:
+    """The columns of training, made as rows come."""
+    if dataset.features is not None:
+        dataset = dataset.decode(False)
+    return dataset.map(
+        _streamed_row,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=FEATURES,
+        fn_kwargs={"folder": folder, "source": source},
+    )
+
+
+def mapped_columns(dataset: hf.Dataset, folder: PictureFolder, source: str) -> hf.Dataset:
+    """The columns of training of a data set in files that are mapped into memory."""
+    texts = dataset.select_columns([name for name in dataset.column_names if name in (*TEXT_COLUMNS, "id")])
+    pictures, counts = _pictures(dataset, folder, source)
+    texts = texts.map(
+        _row_of_texts,
+        with_indices=True,
+        remove_columns=texts.column_names,
+        features=hf.Features({name: FEATURES[name] for name in ("messages", "sample")}),
+        fn_kwargs={"counts": np.asarray(counts), "source": source, "code": CODE},
+        desc=f"Reading {source}",
+    )
+    return hf.concatenate_datasets([texts, pictures], axis=1).select_columns(list(COLUMNS))
+
+
+def undecoded(dataset: hf.Dataset) -> hf.Dataset:
+    """The same data set, giving pictures as `bytes` and `path`."""
+    features = hf.Features({name: _without_decoding(feature) for name, feature in dataset.features.items()})
+    return _same_table(dataset, features) if features != dataset.features else dataset
+
+
+def _streamed_row(record: dict, index: int, folder: PictureFolder, source: str) -> dict:
+    check_columns(list(record), source)
+    return training_row(record, index, folder, source)
+
+
+def _row_of_texts(record: dict, index: int, counts: np.ndarray, source: str, code: str) -> dict:
+    placeholder = {"bytes": b"", "path": None}
+    record = {**record, "images": [placeholder] * int(counts[index])}
+    row = training_row(record, index, PictureFolder(None), source)
+    return {"messages": row["messages"], "sample": row["sample"]}
+
+
+def _pictures(dataset: hf.Dataset, folder: PictureFolder, source: str) -> tuple[hf.Dataset, Any]:
+    """The column `images`, and how many pictures each row has (an array)."""
+    column = next((name for name in PICTURE_COLUMNS if name in dataset.column_names), None)
+    if column is None:
+        none = pa.array([[]] * len(dataset), PICTURES_TYPE)
+        return _in_memory(dataset, none), [0] * len(dataset)
+    dataset = undecoded(dataset.select_columns([column]))
+    arrays = list(_lists_of_pictures(dataset.data.column(column)))
+    if not all(map(_has_bytes, arrays)):
+        dataset = dataset.map(
+            _row_of_pictures,
+            with_indices=True,
+            remove_columns=[column],
+            features=hf.Features({"images": PICTURES}),
+            fn_kwargs={"column": column, "folder": folder, "source": source, "code": CODE},
+            desc=f"Locating the pictures of {source}",
+        )
+        arrays = list(dataset.data.column("images").chunks)
+        return dataset, _lengths(arrays)
+    counts = _lengths(arrays)
+    if column == "images" and not any(array.null_count for array in arrays):
+        return _same_table(dataset, hf.Features({"images": PICTURES})), counts
+    return _with_empty_lists(dataset, arrays, counts), counts
+
+
+def _row_of_pictures(record: dict, index: int, column: str, folder: PictureFolder, source: str, code: str) -> dict:
+    try:
+        return {"images": [located(picture, folder) for picture in pictures_of({column: record[column]})]}
+    except SampleError as error:
+        raise SampleError(error.kind, f"{source}, sample {index}: {error}") from None
+
+
+PICTURE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+PICTURES_TYPE = pa.list_(PICTURE_TYPE)
+
+
+def _lists_of_pictures(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """Chunks of lists of pictures without copying them; a missing picture is a missing list."""
+    for chunk in column.chunks:
+        if chunk.type == PICTURE_TYPE:
+            offsets = pa.array(range(len(chunk) + 1), pa.int32())
+            yield pa.ListArray.from_arrays(offsets, chunk, mask=pc.is_null(chunk))
+        else:
+            yield chunk
+
+
+def _has_bytes(array: pa.Array) -> bool:
+    """Whether every picture of a chunk is there as bytes."""
+    if array.type != PICTURES_TYPE:
+        return False
+    pictures = array.flatten()
+    return pictures.null_count == 0 and pictures.field("bytes").null_count == 0
+
+
+def _lengths(arrays: list[pa.Array]) -> list[int]:
+    return [length or 0 for array in arrays for length in pc.list_value_length(array).to_pylist()]
+
+
+def _with_empty_lists(dataset: hf.Dataset, arrays: list[pa.Array], counts: list[int]) -> hf.Dataset:
+    """Lists of pictures as a data set, with empty ones in place of missing ones.
+
+    The empty ones are rows behind the others, brought to their places by an index: the pictures are not copied.
+    """
+    empty = [index for index, count in enumerate(counts) if count == 0]
+    table = pa.chunked_array([*arrays, pa.array([[]] * len(empty), PICTURES_TYPE)], PICTURES_TYPE)
+    lists = _in_memory(dataset, table)
+    order = list(range(len(counts)))
+    for behind, index in enumerate(empty, start=len(counts)):
+        order[index] = behind
+    return lists.select(order) if empty else lists
+
+
+def _in_memory(dataset: hf.Dataset, images: pa.Array | pa.ChunkedArray) -> hf.Dataset:
+    """Pictures of a data set as a data set of their own."""
+    table = hf.table.InMemoryTable(pa.table({"images": images}))
+    return _as_dataset(table, hf.Features({"images": PICTURES}), dataset, "images")
+
+
+def _same_table(dataset: hf.Dataset, features: hf.Features) -> hf.Dataset:
+    return _as_dataset(dataset.data, features, dataset, "same table")
+
+
+def _as_dataset(table: hf.table.Table, features: hf.Features, origin: hf.Dataset, what: str) -> hf.Dataset:
+    # Without a fingerprint that is given, all pictures would be read to compute one.
+    fingerprint = Hasher.hash([origin._fingerprint, what])
+    return hf.Dataset(table, info=hf.DatasetInfo(features=features), fingerprint=fingerprint)
+
+
+def _without_decoding(feature: Any) -> Any:
+    if isinstance(feature, hf.Image):
+        return hf.Image(decode=False)
+    if isinstance(feature, hf.List):
+        return hf.List(_without_decoding(feature.feature))
+    return feature

@@ -1,0 +1,193 @@
+"""One sample: from a record of LLaVA's form or the Hub's to `messages` and pictures, as TRL takes them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import ConvLlavaError
+
+
+IMAGE_TOKEN = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class SampleError(ConvLlavaError):
+    """A sample that cannot be trained on. `kind` groups such errors in reports."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return type(self), (self.kind, str(self))
+
+
+def sample_of(record: Mapping) -> dict[str, list]:
+    """`messages` and `images` of a record: of LLaVA's form (`conversations`, `image`) or of the Hub's (`messages`,
+    `images` or `image`).
+
+    Returns:
+        `messages`: `[{"role", "content": [{"type": "image", "text": None} | {"type": "text", "text": ...}]}]`,
+        beginning with the user's turn or a system message. `images`: what the record has, in the order of the places:
+        paths, or the `bytes` and `path` of undecoded rows of `datasets`.
+
+    Raises:
+        SampleError: something is missing, of another type or out of turn, an answer is empty, or the numbers of places
+            and of pictures differ.
+    """
+    if not isinstance(record, Mapping):
+        raise SampleError("malformed", f"It is a {type(record).__name__}; expected an object with `conversations`.")
+    pictures = pictures_of(record)
+    in_hub_form = record.get("messages") is not None
+    messages = as_parts(record["messages"], len(pictures)) if in_hub_form else messages_of(record)
+    places = count_pictures(messages)
+    if places != len(pictures):
+        where = f"{places} place{'s' * (places != 1)} for a picture ({IMAGE_TOKEN})"
+        raise SampleError(
+            "placeholder mismatch",
+            f"The conversation has {where}, and the sample has {len(pictures)} picture{'s' * (len(pictures) != 1)}.",
+        )
+    return {"messages": messages, "images": pictures}
+
+
+def pictures_of(record: Mapping) -> list[Any]:
+    """The pictures that a record names: `images` or `image` is one, a list of them, or absent.
+
+    A picture is a path, or a dict of `bytes` and `path` as `datasets` gives it undecoded.
+    """
+    column = "images" if record.get("images") is not None else "image"
+    value = record.get(column)
+    if value is None or value == "":
+        return []
+    pictures = [value] if isinstance(value, (str, Mapping)) else value
+    if not isinstance(pictures, Sequence) or not all(map(_is_picture, pictures)):
+        raise SampleError(
+            "malformed", f"`{column}` is {_shown(value)}; expected a path, a list of paths, or nothing at all."
+        )
+    return list(pictures)
+
+
+def messages_of(record: Mapping) -> list[dict]:
+    """The messages of a LLaVA record, as the original code reads them.
+
+    `conversations` is a list of `from` (`human`, `gpt`, `system`) and `value`. A leading `gpt` turn is left out. Of a
+    human turn with one picture, the picture goes before the text, whose white space at both ends is cut; where several
+    pictures stand among the text, which the original cannot do, they stay there.
+    """
+    turns = record.get("conversations")
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise SampleError("malformed", "`conversations` is missing or empty; expected a list of `from` and `value`.")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+            raise SampleError("malformed", f"Turn {number} is {_shown(turn)}; expected `from` and a text as `value`.")
+        role = _role(turn.get("from"), f"Turn {number} is from", "human, gpt or system")
+        messages.append((role, _parts(turn["value"]) if role == "user" else [_text(turn["value"])]))
+    return _in_turn(messages)
+
+
+def as_parts(messages: Sequence[Mapping], pictures: int = 0) -> list[dict]:
+    """Messages of the Hub's form with content as a list of parts.
+
+    Content may be text. Then `<image>` in a user's text is the place of a picture, as in LLaVA's form; where no
+    message has a place, the pictures stand before the first user's text, as TRL has it.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise SampleError("malformed", f"`messages` is {_shown(messages)}; expected a list of `role` and `content`.")
+    converted = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise SampleError("malformed", f"Message {number} is {_shown(message)}; expected `role` and `content`.")
+        role = _role(message.get("role"), f"Message {number} has the role", "user, assistant or system")
+        converted.append((role, _content_parts(message.get("content"), role, number)))
+    if all(isinstance(message.get("content"), str) for message in messages) and not any(
+        part["type"] == "image" for _, content in converted for part in content
+    ):
+        first = next((content for role, content in converted if role == "user"), [])
+        first[:0] = [dict(_IMAGE) for _ in range(pictures)]
+    return _in_turn(converted)
+
+
+def count_pictures(messages: list[dict]) -> int:
+    """How many pictures messages of parts have a place for."""
+    return sum(part["type"] == "image" for message in messages for part in message["content"])
+
+
+_IMAGE = {"type": "image", "text": None}
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _shown(value: Any, limit: int = 120) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= limit else f"{shown[:limit]}..."
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return value.get("bytes") is not None or bool(value.get("path"))
+    return isinstance(value, str) and bool(value)
+
+
+def _role(name: Any, what: str, expected: str) -> str:
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise SampleError("wrong role", f"{what} {_shown(name)}; expected {expected}.")
+    return role
+
+
+def _parts(value: str) -> list[dict]:
+    """A user's text in parts, its `<image>` as the places of pictures."""
+    pieces = value.split(IMAGE_TOKEN)
+    pictures = len(pieces) - 1
+    if not pictures:
+        return [_text(value)]
+    if pictures == 1 or sum(bool(piece.strip()) for piece in pieces) <= 1:
+        return [*(dict(_IMAGE) for _ in range(pictures)), _text(value.replace(IMAGE_TOKEN, "").strip())]
+    parts = [part for piece in pieces for part in (_text(piece), dict(_IMAGE))][:-1]
+    return [part for part in parts if part["type"] == "image" or part["text"]]
+
+
+def _content_parts(content: Any, role: str, number: int) -> list[dict]:
+    """The content of a message of the Hub's form in parts."""
+    if isinstance(content, str):
+        return _parts(content) if role == "user" else [_text(content)]
+    parts = []
+    for part in content or ():
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "image":
+            parts.append(dict(_IMAGE))
+        elif kind == "text" and isinstance(part.get("text"), (str, type(None))):
+            parts.append(_text(part.get("text") or ""))
+        else:
+            raise SampleError("malformed", f"Message {number} has the part {_shown(part)}; expected text or image.")
+    return parts
+
+
+def _in_turn(messages: list[tuple[str, list[dict]]]) -> list[dict]:
+    """Messages that begin with the user's and take turns, checked."""
+    opening = messages[:1] if messages[0][0] == "system" else []
+    turns = messages[len(opening) :]
+    left_out = int(bool(turns) and turns[0][0] == "assistant")
+    for number, (role, content) in enumerate(turns[left_out:]):
+        # As the file counts them, from 0.
+        turn = f"turn {number + len(opening) + left_out}"
+        expected = "user" if number % 2 == 0 else "assistant"
+        if role != expected:
+            raise SampleError("wrong role", f"It is {_WHOSE[role]} turn in {turn}; expected {_WHOSE[expected]}.")
+        if role == "assistant" and not any((part["text"] or "").strip() for part in content):
+            raise SampleError("empty answer", f"The answer in {turn} is empty.")
+    kept = opening + turns[left_out:]
+    if len(turns) - left_out < 2:
+        raise SampleError("malformed", "There is no question with an answer.")
+    for role, content in kept:
+        if any(IMAGE_TOKEN in (part["text"] or "") for part in content):
+            place = "a text part, where pictures are parts of their own" if role == "user" else f"{_WHOSE[role]} text"
+            raise SampleError("placeholder mismatch", f"There is an {IMAGE_TOKEN} in {place}.")
+        if role != "user" and any(part["type"] == "image" for part in content):
+            raise SampleError("placeholder mismatch", f"There is a picture in {_WHOSE[role]} message.")
+    return [{"role": role, "content": content} for role, content in kept]
+
+
+_WHOSE = {"user": "the user's", "assistant": "the assistant's", "system": "the system's"}

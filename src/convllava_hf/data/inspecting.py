@@ -1,0 +1,173 @@
+"""Shows one sample as the model will see it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ConvLlavaError
+from .conversations import SampleError, sample_of
+from .paths import located
+from .sources import RawRows, open_records, picture_folder
+from .tokens import with_pictures
+
+
+@dataclass(frozen=True)
+class Token:
+    """`text`: what it stands for in the rendered text, "" where it shares its characters with the one before."""
+
+    id: int
+    text: str
+    supervised: bool
+    visual: bool
+
+
+@dataclass(frozen=True)
+class SeenPicture:
+    """`size`: height and width in pixels of the picture; `seen`: of what the tower sees of it. `picture`: that, with
+    the normalisation undone. `tokens`: its visual tokens."""
+
+    name: str
+    size: tuple[int, int]
+    seen: tuple[int, int]
+    tokens: int
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`text`: as the chat template writes it, one `<image>` a picture. `tokens`: before any are cut off."""
+
+    index: int
+    id: str | None
+    text: str
+    tokens: list[Token]
+    pictures: list[SeenPicture]
+
+    @property
+    def visual(self) -> int:
+        return sum(token.visual for token in self.tokens)
+
+    @property
+    def supervised(self) -> int:
+        return sum(token.supervised for token in self.tokens)
+
+
+def inspect_sample(
+    path: str | os.PathLike,
+    image_folder: str | os.PathLike | None,
+    index: int,
+    model: str | os.PathLike,
+    *,
+    split: str = "train",
+    name: str | None = None,
+) -> Inspection:
+    """Renders, tokenizes and preprocesses one sample as training does.
+
+    Args:
+        path, image_folder, split, name: as in `load_training_data`.
+        index: of the sample in the file, from 0.
+        model: folder or Hub id of a checkpoint.
+
+    Raises:
+        ConvLlavaError: there is no such data set, sample or model, or the sample is not as it should be.
+    """
+    from .checking import load_processor
+
+    record = _record(path, index, split, name)
+    folder = picture_folder(path, image_folder)
+    try:
+        sample = sample_of(record)
+        references = [located(picture, folder) for picture in sample["images"]]
+    except SampleError as error:
+        raise ConvLlavaError(f"Sample {index}: {error}") from error
+    processor = load_processor(model)
+    try:
+        pictures = [processor.image_processor.fetch_images(reference) for reference in references]
+    except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF
+        raise ConvLlavaError(f"Sample {index} has a picture that cannot be read: {error}") from error
+    messages = with_pictures(sample["messages"], pictures)
+    identity = record.get("id")
+    return Inspection(
+        index=index,
+        id=None if identity is None else str(identity),
+        text=processor.apply_chat_template(messages, tokenize=False),
+        tokens=_tokens(processor, messages, pictures),
+        pictures=[
+            _seen(processor, reference, picture) for reference, picture in zip(references, pictures, strict=True)
+        ],
+    )
+
+
+def save_pictures(inspection: Inspection, path: str | os.PathLike) -> list[Path]:
+    """Writes the pictures as the tower sees them: the first as `path`, others as `name-2.png` and so on."""
+    path = Path(path)
+    paths = [
+        path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        for number in range(1, len(inspection.pictures) + 1)
+    ]
+    for target, seen in zip(paths, inspection.pictures, strict=True):
+        try:
+            seen.picture.save(target)
+        except ValueError as error:  # PIL knows no format of such a name
+            raise ConvLlavaError(f"Cannot write a picture to {str(target)!r}: {error}") from error
+    return paths
+
+
+def _record(path: str | os.PathLike, index: int, split: str, name: str | None) -> dict:
+    records, _ = open_records(path, split=split, name=name)
+    if index < 0:
+        raise ConvLlavaError(f"The index is {index}; samples are counted from 0.")
+    if isinstance(records, RawRows):
+        if index < records.size:
+            return records.dataset[index]
+        number = records.size
+    else:
+        number = 0
+        for number, record in enumerate(records, start=1):
+            if number > index:
+                return record
+    raise ConvLlavaError(f"There is no sample {index}: {path} has {number}, counted from 0.")
+
+
+def _tokens(processor: Any, messages: list[dict], pictures: list[Image.Image]) -> list[Token]:
+    text = processor.apply_chat_template(messages, tokenize=False)
+    plain = processor(text=text, images=pictures or None, add_special_tokens=False, return_offsets_mapping=True)
+    output = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = (_row(output[key]) for key in ("input_ids", "assistant_masks"))
+    tokens, last = [], -1
+    for token_id, supervised, (start, end) in zip(ids, mask, _row(plain["offset_mapping"]), strict=True):
+        visual = token_id == processor.image_token_id
+        piece = text[start:end] if start >= last or visual else ""
+        tokens.append(Token(token_id, piece, bool(supervised), visual))
+        last = max(last, end)
+    return tokens
+
+
+def _row(rows: Any) -> list:
+    """Of one text, where transformers gives a batch of one."""
+    first = next(iter(rows), None)
+    return list(first) if isinstance(first, list) else list(rows)
+
+
+def _seen(processor: Any, reference: dict, picture: Image.Image) -> SeenPicture:
+    image_processor = processor.image_processor
+    output = image_processor(picture)
+    height, width = (int(side) for side in output["image_sizes"][0])
+    pixels = np.asarray(output["pixel_values"][0])[:, :height, :width]  # (3, H, W)
+    if image_processor.do_normalize:
+        mean, std = (
+            np.asarray(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+        )
+        pixels = pixels * std + mean
+    if image_processor.do_rescale:
+        pixels = pixels / image_processor.rescale_factor
+    shown = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    tokens = processor._get_num_multimodal_tokens(image_sizes=[(picture.height, picture.width)]).num_image_tokens[0]
+    name = reference["path"] or "a picture in the data set"
+    return SeenPicture(name, (picture.height, picture.width), (height, width), tokens, shown)

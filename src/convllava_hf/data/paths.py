@@ -1,0 +1,67 @@
+"""Where pictures may lie: within one folder, whatever a data set says."""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConvLlavaError
+from .conversations import SampleError
+
+
+class PictureFolder:
+    """Joins the paths of a data set to the folder of its pictures, and refuses those that lead out of it.
+
+    Args:
+        folder: paths are relative to it. `None` where the data set holds its pictures itself.
+        others: folders in which absolute paths may lie as well (caches of `datasets`).
+
+    Raises:
+        ConvLlavaError: `folder` is no folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, others: tuple[str | os.PathLike, ...] = ()):
+        if folder is not None and not os.path.isdir(folder):
+            raise ConvLlavaError(f"The folder of the pictures, {os.fspath(folder)!r}, is not there: check the path.")
+        self.folder = None if folder is None else os.path.abspath(folder)
+        self.others = tuple(os.path.realpath(other) for other in others)
+
+    def path_of(self, name: str) -> str:
+        """The absolute path of a picture. Whether there is a file is not asked.
+
+        Raises:
+            SampleError: the path is a URL, or leads out of the folder: through `..`, by being absolute, or by a link.
+        """
+        if "://" in name or "\0" in name:
+            raise SampleError("malformed", f"The picture {name!r} is no path; expected a file in the picture folder.")
+        if self.folder is None:
+            if not os.path.isabs(name) or not self.others:
+                raise SampleError("malformed", f"The picture {name!r} is a path: say in which folder pictures lie.")
+            path, roots = name, self.others
+        else:
+            path = os.path.join(self.folder, name)
+            roots = (_real(self.folder), *self.others)
+        # Real paths of folders are remembered, so that millions of pictures cost one look each.
+        parent, last = os.path.split(path)
+        real = os.path.join(_real(parent), last)
+        if last in ("", ".", "..") or os.path.islink(real):
+            real = os.path.realpath(real)
+        if not any(real.startswith(os.path.join(root, "")) for root in roots):
+            leads = "is" if real == path else f"leads to {real!r}, which is"
+            folder = self.folder or self.others[0]
+            raise SampleError("path escape", f"The picture {name!r} {leads} not inside the picture folder {folder!r}.")
+        return path
+
+
+def located(picture: str | Mapping, folder: PictureFolder) -> dict[str, Any]:
+    """`bytes` and `path` of a picture; where there are no bytes, the path is absolute and in the folder."""
+    if isinstance(picture, str):
+        return {"bytes": None, "path": folder.path_of(picture)}
+    if picture.get("bytes") is not None:
+        return {"bytes": picture["bytes"], "path": picture.get("path")}
+    return {"bytes": None, "path": folder.path_of(picture["path"])}
+
+
+@functools.lru_cache(maxsize=2**16)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)

@@ -1,0 +1,87 @@
+"""Counts the tokens of a sample as training will see it, without preparing its pictures."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .report import Tokens
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Stands for a picture of which only height and width matter."""
+
+    height: int
+    width: int
+
+
+class _SizesAlone:
+    """An image processor that says how large pictures come out, and prepares none."""
+
+    def __init__(self, image_processor: Any):
+        self._image_processor = image_processor
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_image_processor":
+            raise AttributeError(name)
+        return getattr(self._image_processor, name)
+
+    def __call__(self, images: Any, **kwargs) -> dict[str, list]:
+        return {"image_sizes": [self.get_image_size(one.height, one.width) for one in _flat(images)]}
+
+
+class TokenCounter:
+    """Runs the processor with its chat template, tokenizer and placeholders on messages.
+
+    Args:
+        processor: a `ConvLlavaProcessor` whose chat template marks what the assistant says.
+        max_length: what training cuts samples to, in tokens.
+    """
+
+    def __init__(self, processor: Any, max_length: int):
+        self.max_length = max_length
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = _SizesAlone(processor.image_processor)
+
+    def __call__(self, messages: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> tuple[Tokens, int]:
+        """Tokens of one sample whose pictures have these heights and widths in pixels; and how many of those that a
+        loss is taken on are left within `max_length`."""
+        output = self.processor.apply_chat_template(
+            with_pictures(messages, [_Size(*size) for size in sizes]),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        # Of one conversation, not of a batch; some versions of transformers make it a batch of one.
+        ids, mask = (
+            row[0] if row and isinstance(row[0], list) else row
+            for row in (output["input_ids"], output["assistant_masks"])
+        )
+        counted = Tokens(
+            samples=1,
+            total=len(ids),
+            visual=sum(token == self.processor.image_token_id for token in ids),
+            supervised=sum(mask),
+            longest=len(ids),
+        )
+        return counted, sum(mask[: self.max_length])
+
+
+def with_pictures(messages: Sequence[dict], pictures: Sequence[Any]) -> list[dict]:
+    """Messages with the pictures in their places."""
+    following = iter(pictures)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "image", "image": next(following)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _flat(images: Any) -> list:
+    return [one for image in images for one in _flat(image)] if isinstance(images, (list, tuple)) else [images]

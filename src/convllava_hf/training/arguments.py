@@ -1,0 +1,115 @@
+"""What a recipe may say beyond TRL's own arguments."""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from ..errors import ConvLlavaError
+
+
+# LoRA on the language model's linear layers: `all-linear` would also take ConvNeXt's and the projector's.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """Where the samples come from. `dataset_name` may also be a LLaVA JSON or JSONL file or a folder of parquet."""
+
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that the paths of pictures in a LLaVA file start from."}
+    )
+    datasets: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture instead of dataset_name: in the recipe, a list of `path`, and where needed "
+            "`image_folder`, `name`, `split` and `weight`. A dataset_name given on the command line replaces it."
+        },
+    )
+    on_bad_picture: str = field(
+        default="error",
+        metadata={
+            "help": "What to do about a picture that cannot be read: `error`, or `skip` to take another sample."
+        },
+    )
+    max_bad_pictures: int = field(
+        default=100, metadata={"help": "With on_bad_picture=skip: skipped samples of a process that end the run."}
+    )
+
+    def __post_init__(self):
+        if self.on_bad_picture not in ("error", "skip"):
+            raise ConvLlavaError(f"on_bad_picture is {self.on_bad_picture!r}; expected error or skip.")
+        if not self.dataset_name and not self.datasets:
+            raise ConvLlavaError("No data: set dataset_name, or datasets for a mixture.")
+        if self.dataset_name:
+            self.datasets = None
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """TRL's `SFTConfig` and what trains, at which rate, in which order."""
+
+    trainable: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What trains: globs over module names, with the short names projector, vision_tower, "
+            "vision_tower.stages.N, language_model and lm_head. Required unless use_peft is set."
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; learning_rate if not given."}
+    )
+    vision_tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; learning_rate if not given."}
+    )
+    group_by_modality_length: bool = field(
+        default=True,
+        metadata={"help": "Whether a step's batches hold either pictures or none, and samples of similar lengths."},
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "With use_peft: also save the model with the adapter merged, in merged/."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.trainable, str):  # `trainable: projector` in a recipe
+            self.trainable = [self.trainable]
+        if self.ddp_find_unused_parameters is None:
+            # The model runs its tower on every training batch, so that no rank is left waiting.
+            self.ddp_find_unused_parameters = False
+        super().__post_init__()
+
+
+def make_parser(**kwargs) -> TrlParser:
+    """The parser of recipes and of the command line over them."""
+    kwargs.setdefault("usage", "%(prog)s --config RECIPE [--key value ...]")
+    kwargs.setdefault("description", "RECIPE is a YAML file of the keys below. Keys given here overrule it.")
+    return TrlParser((DataArguments, TrainingArguments, ModelConfig), **kwargs)
+
+
+def check_arguments(data: DataArguments, training: TrainingArguments, model: ModelConfig) -> None:
+    """Refuses what cannot work, before anything is loaded.
+
+    Raises:
+        ConvLlavaError: see the messages.
+    """
+    if not model.model_name_or_path:
+        raise ConvLlavaError("model_name_or_path is missing: name the checkpoint to start from.")
+    if model.use_peft and training.trainable:
+        raise ConvLlavaError(
+            "Both use_peft and trainable are set. LoRA decides by lora_target_modules and lora_modules_to_save what "
+            "trains; leave one of them out."
+        )
+    if not model.use_peft and not training.trainable:
+        raise ConvLlavaError(
+            "Nothing says what trains: set trainable, such as [projector, language_model], or use_peft."
+        )
+    if not model.use_peft and (training.fp16 or model.dtype == "float16"):
+        raise ConvLlavaError(
+            "fp16 is too narrow for full training: set bf16, or neither for float32, and dtype to float32 or bfloat16."
+        )
+    if training.merge_adapter and (not model.use_peft or model.load_in_4bit or model.load_in_8bit):
+        raise ConvLlavaError(
+            "merge_adapter needs use_peft and a model that is not quantized. Merge a QLoRA adapter afterwards into "
+            "the model in full precision, with peft's merge_and_unload."
+        )
+    if training.packing or training.padding_free:
+        raise ConvLlavaError("packing and padding_free do not work with pictures: leave them out.")

@@ -1,0 +1,125 @@
+"""`SFTTrainer` with what it lacks for ConvLLaVA: learning rates by part, an order by modality, safe pictures."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTTrainer
+
+from ..data.pictures import SafePictureCollator
+from .optimizer import parameter_groups
+from .sampler import ModalityLengthSampler
+
+
+logger = logging.getLogger(__name__)
+
+_CHARACTERS_PER_TOKEN = 4  # about, for grouping by length alone
+_NEVER = -1e4  # a logit whose probability is zero in every floating-point format
+
+
+class ConvLlavaTrainer(SFTTrainer):
+    """TRL's trainer; its arguments are `TrainingArguments` of this package.
+
+    Args:
+        on_bad_picture, max_bad_pictures: see `DataArguments`.
+    """
+
+    def __init__(self, *args, on_bad_picture: str = "error", max_bad_pictures: int = 100, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):  # TRL gathers the whole head then, and a bias
+            tokenizer = self.processing_class.tokenizer
+            unused = set(range(len(tokenizer), self.model.config.get_text_config().vocab_size))
+            if self.args.assistant_only_loss:  # else the loss covers prompts, placeholders included
+                unused.add(self.processing_class.image_token_id)
+            exclude_from_head(self.accelerator.unwrap_model(self.model).get_output_embeddings(), unused)
+            if is_peft_model(self.model) and not getattr(self.model, "is_quantized", False):
+                raise_to_float32(self.model)
+        self.data_collator = SafePictureCollator(
+            self.data_collator, self.train_dataset, policy=on_bad_picture, max_skipped=max_bad_pictures
+        )
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            source = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, source)
+            groups = parameter_groups(
+                source.named_parameters(),
+                set(self.get_decay_parameter_names(source)),
+                self.args.weight_decay,
+                self.args.projector_learning_rate,
+                self.args.vision_tower_learning_rate,
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_modality_length or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        lengths, has_picture = sample_lengths(dataset, self.processing_class)
+        step = self.args.train_batch_size * self.accelerator.num_processes
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return ModalityLengthSampler(lengths, has_picture, step, seed)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "sample" not in self._signature_columns:
+            self._signature_columns.append("sample")
+
+    def create_model_card(self, *args, **kwargs):
+        """Writes none: the generic one would say nothing about the model."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        was_there = card.exists()
+        super()._save(output_dir, state_dict)
+        if not was_there:
+            card.unlink(missing_ok=True)  # PEFT's generic one
+
+
+def exclude_from_head(head: nn.Linear, unused: set[int]) -> None:
+    """Leaves rows of the language model's head out of the distribution that is trained.
+
+    `<image>` and the rows that pad the vocabulary are never generated, so probability given to them would only be a
+    loss that cannot be learnt away quickly: with 64 such rows beside 640 tokens it is 0.05, with Vicuna's 0.002. The
+    head gets a bias that is no parameter and is not saved. Where parameters are sharded, TRL expects a bias to be
+    sharded too, so there the rows stay in.
+
+    Args:
+        head: (vocabulary, hidden size), without a bias.
+        unused: rows to leave out.
+    """
+    bias = torch.zeros(head.weight.shape[0], device=head.weight.device, dtype=head.weight.dtype)
+    bias[sorted(unused)] = _NEVER
+    del head.bias
+    head.register_buffer("bias", bias, persistent=False)
+
+
+def raise_to_float32(model: nn.Module) -> None:
+    """Lets what trains beside adapters (the projector) train in float32: updates are lost in bfloat16's eight bits.
+
+    PEFT does so for the adapters themselves.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def sample_lengths(dataset, processor) -> tuple[list[int], list[bool]]:
+    """About how many tokens each sample has, and whether it has pictures. No picture is read for it."""
+    per_picture = processor._get_num_multimodal_tokens(
+        image_sizes=[processor.image_processor.get_image_size(1, 1)]
+    ).num_image_tokens[0]
+    lengths, has_picture = [], []
+    for batch in dataset.select_columns(["messages"]).iter(batch_size=1000):
+        for messages in batch["messages"]:
+            parts = [part for message in messages for part in message["content"]]
+            pictures = sum(part["type"] == "image" for part in parts)
+            characters = sum(len(part["text"] or "") for part in parts if part["type"] == "text")
+            lengths.append(characters // _CHARACTERS_PER_TOKEN + pictures * per_picture)
+            has_picture.append(pictures > 0)
+    return lengths, has_picture

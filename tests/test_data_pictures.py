@@ -1,0 +1,185 @@
+"""Bad pictures in training: named, or replaced by the same other sample on every rank."""
+
+import logging
+import pickle
+
+import pytest
+import torch
+from conftest import make_picture
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from convllava_hf.data.pictures import PictureError, SafePictureCollator
+from convllava_hf.errors import ConvLlavaError
+
+
+class Pictures:
+    """In place of TRL's collator: shows what it would be given."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, examples):
+        return [(example["sample"], example["images"]) for example in examples]
+
+
+@pytest.fixture
+def dataset(tmp_path) -> list[dict]:
+    """Twenty samples: 3 and 7 have bad pictures, every fifth none at all."""
+    rows = []
+    for index in range(20):
+        path = tmp_path / f"{index}.png"
+        make_picture(20 + index, 30, seed=index).save(path)
+        images = [] if index % 5 == 0 else [{"bytes": None, "path": str(path)}]
+        rows.append({"sample": index, "messages": [{"role": "user", "content": []}], "images": images})
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:200])
+    (tmp_path / "7.png").unlink()
+    return rows
+
+
+@pytest.fixture
+def collate(processor, dataset):
+    return lambda **kwargs: SafePictureCollator(Pictures(processor), dataset, **kwargs)
+
+
+def samples(batch) -> list[int]:
+    return [sample for sample, _ in batch]
+
+
+def test_good_pictures_are_opened(collate, dataset, tmp_path):
+    dataset[2]["images"] = [dataset[1]["images"][0], {"bytes": (tmp_path / "2.png").read_bytes(), "path": None}]
+    dataset[4]["images"] = None  # as a table may have it
+    before = [dict(row) for row in dataset]
+    batch = collate()(dataset[:3] + dataset[4:5])
+    assert samples(batch) == [0, 1, 2, 4]
+    assert [[picture.size for picture in pictures] for _, pictures in batch] == [
+        [], [(30, 21)], [(30, 21), (30, 22)], []
+    ]  # fmt: skip
+    assert all(isinstance(picture, Image.Image) for _, pictures in batch for picture in pictures)
+    assert dataset == before
+
+
+def test_error_names_file_and_sample(collate, dataset, tmp_path):
+    with pytest.raises(PictureError, match="Sample 7 has.*'?" + str(tmp_path / "7.png")) as caught:
+        collate()(dataset[5:9])
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert "convllava data check" in str(caught.value) and "on_bad_picture: skip" in str(caught.value)
+    with pytest.raises(PictureError, match="Sample 3 has.*3.png.*decoded"):
+        collate()(dataset[3:4])
+    in_bytes = {**dataset[0], "images": [{"bytes": b"no picture", "path": None}]}
+    with pytest.raises(PictureError, match="Sample 0 has.*picture in a data set"):
+        collate()([in_bytes])
+
+
+@pytest.mark.slow  # after an error torch waits five seconds for each worker to end
+def test_error_in_a_worker_reads_as_one_line(collate, dataset):
+    loader = DataLoader(dataset, batch_size=4, collate_fn=collate(), num_workers=1)
+    with pytest.raises(PictureError) as caught:
+        list(loader)
+    assert str(caught.value).startswith("Sample 3 has a picture that cannot be read:")
+    assert "\n" not in str(caught.value)
+
+
+def test_skipping_replaces_alike_everywhere(collate, dataset, caplog):
+    caplog.set_level(logging.WARNING, logger="convllava_hf.data.pictures")
+    collator = collate(policy="skip")
+    batch = collator(dataset[:10])
+    assert len(batch) == 10
+    kept = [sample for sample in range(10) if sample not in (3, 7)]
+    assert [sample for index, sample in enumerate(samples(batch)) if index in kept] == kept
+    replaced = {index: samples(batch)[index] for index in (3, 7)}
+    assert all(other not in (3, 7) and other % 5 for other in replaced.values())  # good ones, with pictures
+    assert collator.skipped == 2
+    assert "Sample 3 has" in caplog.text and "7.png" in caplog.text and "2 skipped so far" in caplog.text
+    # Another process, another order, other neighbours: the same choice.
+    for index, other in replaced.items():
+        assert samples(collate(policy="skip")([dataset[index], dataset[1]])) == [other, 1]
+
+
+def test_choices_differ_between_samples(processor, dataset):
+    bad = [{**dataset[3], "sample": index} for index in range(200)]
+    chosen = samples(SafePictureCollator(Pictures(processor), dataset, policy="skip", max_skipped=200)(bad))
+    counts = {sample: chosen.count(sample) for sample in set(chosen)}
+    assert len(counts) == 14  # all that are good and have pictures
+    assert max(counts.values()) < 40
+
+
+def test_bound(collate, dataset):
+    collator = collate(policy="skip", max_skipped=2)
+    collator(dataset[:10])
+    with pytest.raises(PictureError, match="3 samples have pictures.*allows 2.*max_bad_pictures.*Sample 3 has"):
+        collator(dataset[3:4])
+    with pytest.raises(PictureError, match="1 samples"):
+        collate(policy="skip", max_skipped=0)(dataset[3:4])
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_count_together(collate, dataset, context):
+    collator = collate(policy="skip")
+    loader = DataLoader(dataset * 3, batch_size=5, collate_fn=collator, num_workers=2, multiprocessing_context=context)
+    assert sum(len(batch) for batch in loader) == 60
+    assert collator.skipped == 6
+
+
+@pytest.mark.slow
+def test_bound_holds_for_workers_together(collate, dataset):
+    loader = DataLoader(dataset * 3, 5, collate_fn=collate(policy="skip", max_skipped=3), num_workers=2)
+    with pytest.raises(PictureError, match="^4 samples have.*allows 3"):
+        list(loader)
+
+
+def test_stream(processor, dataset):
+    """A data set without an index: its first good samples stand in, the same in every copy."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(dataset)
+
+    collators = [SafePictureCollator(Pictures(processor), Stream(), policy="skip") for _ in range(2)]
+    first, second = (samples(collator(dataset[3:8])) for collator in collators)
+    assert first == second and first[1:4] == [4, 5, 6] and first[0] not in (3, 7)
+    again = samples(pickle.loads(pickle.dumps(collators[0]))(dataset[7:8]))
+    assert again == first[4:]
+
+
+def test_without_the_column_sample(processor, dataset):
+    """Trainers may drop it; the conversation then decides."""
+    bare = [
+        {**row, "sample": None, "messages": [{"role": "user", "content": str(index)}]}
+        for index, row in enumerate(dataset)
+    ]
+    collators = [SafePictureCollator(Pictures(processor), dataset, policy="skip") for _ in range(2)]
+    assert samples(collators[0](bare[3:4])) == samples(collators[1](bare[3:4]))
+
+
+def test_nothing_to_replace_with(processor, dataset):
+    for others in ([dataset[3], dataset[0]], []):
+        with pytest.raises(PictureError, match="can stand in for sample 3"):
+            SafePictureCollator(Pictures(processor), others, policy="skip")(dataset[3:4])
+
+
+def test_policies(collate):
+    with pytest.raises(ConvLlavaError, match="'ignore'; expected error or skip"):
+        collate(policy="ignore")
+    for bound in (-1, 0.5, True, None):
+        with pytest.raises(ConvLlavaError, match="expected a number from 0 up"):
+            collate(policy="skip", max_skipped=bound)
+
+
+def test_with_trls_collator(processor, dataset):
+    """Batches with pictures, without, and with both, through the real one."""
+    pytest.importorskip("trl")
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    for row in dataset:
+        question = [{"type": "image", "text": None}] * len(row["images"]) + [{"type": "text", "text": "What?"}]
+        answer = [{"type": "text", "text": "It."}]
+        row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    trl_collator = DataCollatorForVisionLanguageModeling(processor, max_length=2048, assistant_only_loss=True)
+    collator = SafePictureCollator(trl_collator, dataset, policy="skip")
+    assert collator(dataset[0:5])["pixel_values"].shape[0] == 4  # one replaced, one of text
+    assert collator(dataset[1:3])["pixel_values"].shape[0] == 2
+    text_only = collator([dataset[0], dataset[5]])
+    assert "pixel_values" not in text_only
+    labels = text_only["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]) == " It.</s>"

@@ -1,0 +1,134 @@
+"""The order of samples: properties that hold for every mixture of lengths and modalities."""
+
+import random
+import statistics
+
+import pytest
+import torch
+
+from convllava_hf.training.sampler import ModalityLengthSampler
+
+
+# Numbers of samples with pictures and without, and samples of a step.
+MIXTURES = [(0, 0, 4), (1, 0, 4), (3, 2, 8), (64, 0, 8), (0, 65, 8), (100, 30, 1), (203, 98, 8), (1000, 77, 16)]
+
+
+def make_samples(pictures: int, texts: int, seed: int = 0) -> tuple[list[int], list[bool]]:
+    """Lengths of a long-tailed distribution, and modalities, in random order."""
+    rng = random.Random(seed)
+    has_picture = [True] * pictures + [False] * texts
+    rng.shuffle(has_picture)
+    return [int(rng.lognormvariate(5, 1)) + 144 * picture for picture in has_picture], has_picture
+
+
+def make_sampler(pictures: int, texts: int, batch: int, seed: int = 0) -> ModalityLengthSampler:
+    return ModalityLengthSampler(*make_samples(pictures, texts), batch, seed)
+
+
+def steps(order: list[int], batch: int) -> list[list[int]]:
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
+def spread(lengths: list[int], batches: list[list[int]]) -> float:
+    """How far apart the lengths within a batch are, on average."""
+    return statistics.mean(statistics.pstdev([lengths[index] for index in batch]) for batch in batches)
+
+
+@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+@pytest.mark.parametrize("seed, epoch", [(0, 0), (42, 3)])
+def test_every_sample_comes_once_in_an_epoch(pictures, texts, batch, seed, epoch):
+    sampler = make_sampler(pictures, texts, batch, seed)
+    sampler.set_epoch(epoch)
+    assert sorted(sampler) == list(range(pictures + texts))
+    assert len(sampler) == pictures + texts
+
+
+@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+@pytest.mark.parametrize("epoch", range(3))
+def test_steps_are_of_one_modality_but_for_the_rest_at_the_end(pictures, texts, batch, epoch):
+    sampler = make_sampler(pictures, texts, batch)
+    sampler.set_epoch(epoch)
+    whole = pictures // batch + texts // batch
+    for number, step in enumerate(steps(list(sampler), batch)):
+        kinds = {sampler.has_picture[index] for index in step}
+        assert len(kinds) == 1 or number >= whole
+        assert len(step) == batch or number >= whole
+
+
+@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+def test_the_order_depends_on_seed_and_epoch_alone(pictures, texts, batch):
+    first = make_sampler(pictures, texts, batch, seed=7)
+    first.set_epoch(2)
+    order = list(first)
+    second = make_sampler(pictures, texts, batch, seed=7)
+    list(second)  # an epoch that went before leaves no trace
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    second.set_epoch(2)
+    assert list(second) == order == list(first)
+    assert torch.equal(torch.get_rng_state(), state)  # nor does the order draw from what the model draws from
+
+
+def test_seeds_and_epochs_give_orders_of_their_own():
+    orders = set()
+    for seed in range(5):
+        sampler = make_sampler(203, 98, 8, seed)
+        for epoch in range(5):
+            sampler.set_epoch(epoch)
+            orders.add(tuple(sampler))
+    assert len(orders) == 25
+
+
+def test_batches_too_are_put_together_anew_each_epoch():
+    sampler = make_sampler(203, 98, 8)
+    first = {frozenset(step) for step in steps(list(sampler), 8)}
+    sampler.set_epoch(1)
+    assert len(first & {frozenset(step) for step in steps(list(sampler), 8)}) < len(first) / 4
+
+
+@pytest.mark.parametrize("pictures, texts, batch", [(203, 98, 8), (1000, 77, 16), (5000, 1000, 32)])
+def test_lengths_of_a_step_are_closer_than_by_chance(pictures, texts, batch):
+    sampler = make_sampler(pictures, texts, batch)
+    order = list(sampler)
+    shuffled = random.Random(1).sample(order, len(order))
+    assert spread(sampler.lengths, steps(order, batch)) < 0.5 * spread(sampler.lengths, steps(shuffled, batch))
+
+
+def test_long_and_short_steps_come_in_no_order():
+    sampler = make_sampler(4000, 0, 8)
+    means = [statistics.mean(sampler.lengths[index] for index in step) for step in steps(list(sampler), 8)]
+    ranks = sorted(range(len(means)), key=means.__getitem__)
+    places = torch.tensor([ranks, range(len(ranks))], dtype=torch.float64)
+    assert abs(torch.corrcoef(places)[0, 1]) < 0.15
+
+
+def test_lengths_and_modalities_must_be_of_the_same_samples():
+    with pytest.raises(ValueError, match="3 lengths, but 2 samples"):
+        ModalityLengthSampler([1, 2, 3], [True, False], 2, 0)
+
+
+def test_processes_share_steps_and_change_the_order_together():
+    """Through accelerate's data loader, as the Trainer prepares it for several processes."""
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    per_device, processes = 4, 2
+    sampler = make_sampler(204, 100, per_device * processes)
+    whole = 204 // 8 + 100 // 8
+    loaders = [
+        data_loader.prepare_data_loader(
+            torch.utils.data.DataLoader(range(304), batch_size=per_device, sampler=sampler),
+            num_processes=processes,
+            process_index=rank,
+            put_on_device=False,
+        )
+        for rank in range(processes)
+    ]
+    orders = []
+    for epoch in range(2):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        shards = [[batch.tolist() for batch in loader] for loader in loaders]
+        for step in list(zip(*shards, strict=True))[:whole]:
+            assert len({sampler.has_picture[index] for shard in step for index in shard}) == 1
+        assert {index for shard in shards for batch in shard for index in batch} == set(range(304))
+        orders.append(shards)
+    assert orders[0] != orders[1]

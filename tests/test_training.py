@@ -1,0 +1,129 @@
+"""Training through the script and the recipes, against the original's figures and against itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from convllava_hf.convert import convert_checkpoint  # noqa: E402
+from convllava_hf.convert.keys import ORIGINAL_TABLE, rename_key  # noqa: E402
+from convllava_hf.train import main  # noqa: E402
+
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "convllava-7b-768"
+STAGES = {1: "stage1_projector", 2: "stage2_pretrain", 3: "stage3_instruct"}
+STARTS = {1: "checkpoint-init", 2: "checkpoint-stage1", 3: "checkpoint-stage2"}
+ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
+
+
+def options(**values) -> list[str]:
+    arguments = []
+    for key, value in values.items():
+        arguments += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory, golden) -> dict[int, Path]:
+    """The golden checkpoint that each stage starts from, converted."""
+    folder = tmp_path_factory.mktemp("starts")
+    return {stage: convert_checkpoint(golden / name, folder / name, progress=False) for stage, name in STARTS.items()}
+
+
+def run(recipe: Path, model: Path, golden: Path, output: Path, **overrides):
+    arguments = {
+        "model_name_or_path": model,
+        "dataset_name": golden / "conversations.json",
+        "image_folder": golden / "images",
+        "output_dir": output,
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+        **overrides,
+    }
+    return main(["--config", str(recipe), *ON_CPU, *options(**arguments)])
+
+
+def logged(trainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_trains_as_the_original_does(stage, starts, golden, tmp_path):
+    figures = json.loads((golden / "training.json").read_text())
+    expected = figures[f"stage{stage}"]
+    overrides = {"trainable": ["projector", "vision_tower.stages.4", "lm_head"]} if stage == 1 else {}
+    trainer = run(
+        RECIPES / f"{STAGES[stage]}.yaml",
+        starts[stage],
+        golden,
+        tmp_path / "out",
+        max_steps=6,
+        warmup_steps=1,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        save_strategy="no",
+        **overrides,
+    )
+    assert trainer.args.learning_rate == figures["learning_rate"][str(stage)]
+    np.testing.assert_allclose(logged(trainer, "loss"), expected["losses"], atol=1e-4)
+    np.testing.assert_allclose(logged(trainer, "grad_norm"), expected["grad_norms"], rtol=1e-3)
+    parameters = dict(trainer.model.named_parameters())
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    assert trained == {rename_key(name, ORIGINAL_TABLE) for name in expected["trainable"]} - {None}
+    for name, norm in expected["param_norms_after"].items():
+        if (ours := rename_key(name, ORIGINAL_TABLE)) is not None:
+            has_vocabulary = "embed_tokens" in ours or "lm_head" in ours  # with rows that the original lacks
+            weight = parameters[ours].detach()[: 640 if has_vocabulary else None]
+            assert weight.double().norm().item() == pytest.approx(norm, rel=1e-5), name
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+FULL = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
+    return load_file(folder / name)
+
+
+@pytest.fixture(scope="module")
+def lora_recipe(tmp_path_factory) -> Path:
+    """A recipe of LoRA's keys alone; what a stage trains cannot be unset on the command line."""
+    path = tmp_path_factory.mktemp("recipe") / "lora.yaml"
+    lines = ["assistant_only_loss: true", "max_length: 2048", "use_peft: true", "lora_dropout: 0.1"]
+    lines += [r"lora_target_modules: ['.*language_model.*\.(q_proj|v_proj|down_proj)']"]
+    lines += ["lora_modules_to_save: [multi_modal_projector]"]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, starts, golden, tmp_path, lora_recipe):
+    recipe = lora_recipe if kind == "lora" else RECIPES / "stage2_pretrain.yaml"
+    whole = run(recipe, starts[2], golden, tmp_path / "whole", **FULL)
+    # Interrupted after step 5: the checkpoint of step 4 is the last, the one of step 6 is half-written.
+    run(recipe, starts[2], golden, tmp_path / "cut", **FULL)
+    for step in (8, 6):
+        (tmp_path / "cut" / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    resumed = run(recipe, starts[2], golden, tmp_path / "cut", **FULL, resume_from_checkpoint="true")
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    ours, theirs = weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
