@@ -43,9 +43,14 @@ def test_make_targets_exist(argv):
 
 
 def test_all_commands_are_looked_at():
-    assert {line[0] for line in command_lines()} == {"convllava", "make", "transformers"}
+    assert {line[0] for line in command_lines()} == {"convllava", "make", "transformers", "pip", "accelerate"}
     assert [argv[0] for argv in commands("transformers")] == ["serve"]  # tests/test_serve.py runs it
     assert {argv[0] for argv in commands("convllava")} >= {"convert", "ask", "chat", "assemble"}
+
+
+def test_recipes_named_are_there():
+    named = [word for line in command_lines() for word in line if word.startswith("recipes/")]
+    assert named and all((ROOT / word).is_file() for word in named)
 
 
 @pytest.fixture(scope="module")
