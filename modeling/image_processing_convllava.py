@@ -17,7 +17,8 @@ from .configuration_convllava import visual_token_grid
 
 IMAGE_ASPECT_RATIOS = ("pad",)
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What PIL raises of files that it cannot decode, RuntimeError in its AVIF plug-in.
+_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 # transformers fetches URLs with httpx since version 5; the errors of requests, which 4 uses, are OSErrors.
 _HTTP = getattr(image_utils, "httpx", None)
 _UNREACHABLE = (_HTTP.HTTPError, _HTTP.InvalidURL) if _HTTP else ()

@@ -369,6 +369,8 @@ def test_ctrl_c_at_the_prompt_ends_without_a_traceback(checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever runs the tests in the background has them ignore Ctrl-C, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write("/help\n")
     process.stdin.flush()

@@ -144,15 +144,19 @@ def test_parquet_and_saved_folders_with_pictures_inside(rows, tmp_path, streamin
     assert len(list(load_training_data(tmp_path / "splits", split="few", streaming=streaming))) == 2
 
 
-def test_pictures_in_a_table_are_not_copied(rows, tmp_path):
-    hub_dataset(with_pictures_inside(rows) * 40).to_parquet(tmp_path / "data.parquet")
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_pictures_in_a_table_are_not_copied(rows, tmp_path, column):
+    published = with_pictures_inside(rows) * 40
+    if column == "image":
+        published = [{"messages": row["messages"], "image": next(iter(row["images"]), None)} for row in published]
+    hub_dataset(published, image=hf.Image()).to_parquet(tmp_path / "data.parquet")
     loaded = load_training_data(tmp_path / "data.parquet")
     assert len(loaded) == 320
-    # Pickled with the names of mapped files and not with what is in them; texts alone were written anew.
-    assert len(pickle.dumps(loaded)) < 20_000
     sizes = {file.name: file.stat().st_size for file in (tmp_path / "cache").rglob("*.arrow")}
     written = [size for name, size in sizes.items() if name.startswith("cache-")]
-    assert written and sum(written) < max(sizes.values()) / 5
+    assert written and sum(written) < max(sizes.values()) / 5  # texts alone
+    if column == "images":  # pickled with the names of mapped files and not with what is in them
+        assert len(pickle.dumps(loaded)) < 20_000
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -211,6 +215,18 @@ def test_streams_are_read_by_workers_once_each(load, golden):
     stream = load(golden / "conversations.json", streaming=True)
     loader = DataLoader(stream, batch_size=None, num_workers=1)
     assert [int(row["sample"]) for row in loader] == list(range(8))
+
+
+@pytest.mark.slow  # after an error torch waits five seconds for a worker to end
+@pytest.mark.parametrize("ending", ['{"id": "bad"}', '{"conversations'])
+def test_error_in_a_worker_reads_as_one_line(load, tmp_path, ending):
+    from torch.utils.data import DataLoader
+
+    (tmp_path / "data.jsonl").write_text(ending)
+    loader = DataLoader(load(tmp_path / "data.jsonl", streaming=True), batch_size=None, num_workers=1)
+    with pytest.raises(ConvLlavaError, match=r"^\S*data.jsonl, (sample 0 \(bad\): `conv|line 1, column 2)") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
 
 
 def test_changed_file_is_read_again(load, records, tmp_path):

@@ -317,6 +317,14 @@ def test_inspect_shows_the_golden_sample(golden, checkpoint, tmp_path, capsys):
     assert np.abs(np.asarray(seen) - np.asarray(expected)).max() < 1e-5
 
 
+def test_tokens_are_the_rendered_text(golden, checkpoint):
+    """Also where one character is several tokens."""
+    for index in range(8):
+        seen = inspect_sample(golden / "conversations.json", golden / "images", index, checkpoint)
+        assert "".join(token.text for token in seen.tokens) == seen.text.replace("<image>", "<image>" * 4)
+        assert seen.visual == 4 * len(seen.pictures) and 0 < seen.supervised < len(seen.tokens)
+
+
 def test_inspect_in_a_terminal(golden, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -197,8 +197,9 @@ def test_paths_stay_in_the_folder(tmp_path):
 def test_bytes_need_no_folder(tmp_path):
     row = {"bytes": b"x", "path": "name.png"}
     assert located(row, PictureFolder(None)) == row
-    with pytest.raises(SampleError, match="say in which folder"):
-        located({"bytes": None, "path": "a.png"}, PictureFolder(None))
+    for name in ("a.png", "/a.png"):
+        with pytest.raises(SampleError, match="say in which folder"):
+            located({"bytes": None, "path": name}, PictureFolder(None))
     allowed = PictureFolder(None, (tmp_path,))
     assert located({"bytes": None, "path": f"{tmp_path}/a.png"}, allowed)["path"] == f"{tmp_path}/a.png"
     with pytest.raises(SampleError, match="is not inside"):

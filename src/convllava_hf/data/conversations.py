@@ -10,12 +10,24 @@ IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-class SampleError(ConvLlavaError):
+class DataError(ConvLlavaError):
+    """Something is wrong with the data.
+
+    `DataLoader` raises an error of a worker anew with the worker's traceback as its text; the message is taken out
+    of it.
+    """
+
+    def __init__(self, message: str):
+        own = type(self)
+        super().__init__(message.rpartition(f"{own.__module__}.{own.__qualname__}: ")[2].strip())
+
+
+class SampleError(DataError):
     """A sample that cannot be trained on. `kind` groups such errors in reports."""
 
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
+    def __init__(self, kind: str, message: str | None = None):
+        super().__init__(kind if message is None else message)
+        self.kind = "malformed" if message is None else kind
 
     def __reduce__(self):
         return type(self), (self.kind, str(self))

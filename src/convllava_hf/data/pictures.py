@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..errors import ConvLlavaError
+from .conversations import DataError
 
 
 logger = logging.getLogger(__name__)
@@ -23,15 +24,8 @@ _LOGGED = 20  # skipped samples of a process named one by one; then only every h
 _WORKERS = 1024  # counters; workers with higher numbers share them
 
 
-class PictureError(ConvLlavaError):
-    """A picture cannot be read, or too many could not.
-
-    `DataLoader` raises an error of a worker anew with the worker's traceback as its text; the message is taken out
-    of it.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip())
+class PictureError(DataError):
+    """A picture cannot be read, or too many could not."""
 
 
 class SafePictureCollator:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from json.decoder import JSONDecodeError
 from typing import Any, TextIO
 
-from ..errors import ConvLlavaError
+from .conversations import DataError
 
 
 CHUNK = 2**20  # characters
@@ -17,7 +17,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 _LONGEST_LITERAL = 16
 
 
-class BrokenFileError(ConvLlavaError):
+class BrokenFileError(DataError):
     """A file that is not what its format says, at a known place."""
 
 
