@@ -13,6 +13,7 @@ pytest.importorskip("datasets")
 
 from convllava_hf.convert import convert_checkpoint  # noqa: E402
 from convllava_hf.convert.keys import ORIGINAL_TABLE, rename_key  # noqa: E402
+from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.train import main  # noqa: E402
 
 
@@ -127,3 +128,27 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, starts, golden, tmp_pa
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_the_loss_is_measured_on_other_data_where_asked(starts, golden, tmp_path):
+    trainer = run(
+        RECIPES / "stage3_instruct.yaml",
+        starts[3],
+        golden,
+        tmp_path / "out",
+        **{**FULL, "max_steps": 2, "save_strategy": "no"},
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset_name=golden / "conversations.json",
+        per_device_eval_batch_size=8,
+    )
+    measured = logged(trainer, "eval_loss")
+    assert len(measured) == 2 and measured[1] < measured[0]
+    # The learning rate is still 0 in the first step, so this is the starting checkpoint's loss on all samples.
+    expected = json.loads((golden / "training.json").read_text())["stage3"]["losses"][0]
+    assert measured[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluating_without_data_is_refused(starts, golden, tmp_path):
+    with pytest.raises(ConvLlavaError, match="no split to evaluate on: name eval_dataset_name"):
+        run(RECIPES / "stage3_instruct.yaml", starts[3], golden, tmp_path / "out", eval_strategy="epoch")

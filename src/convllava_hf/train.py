@@ -67,6 +67,7 @@ def train(data: DataArguments, training: TrainingArguments, model_config: ModelC
         model=model,
         args=training,
         train_dataset=dataset,
+        eval_dataset=_evaluation_data(data, training),
         processing_class=processor,
         peft_config=get_peft_config(model_config),
         on_bad_picture=data.on_bad_picture,
@@ -77,6 +78,19 @@ def train(data: DataArguments, training: TrainingArguments, model_config: ModelC
     trainer.train(resume_from_checkpoint=resume)
     _save(trainer, training)
     return trainer
+
+
+def _evaluation_data(data: DataArguments, training: TrainingArguments):
+    """What the loss is also measured on, where the recipe says so by `eval_strategy`."""
+    if training.eval_strategy == "no":
+        return None
+    return load_training_data(
+        data.eval_dataset_name or data.dataset_name,
+        split=data.dataset_test_split,
+        name=data.dataset_config,
+        image_folder=data.image_folder,
+        seed=training.seed,
+    )
 
 
 def _load_model(model_config: ModelConfig):

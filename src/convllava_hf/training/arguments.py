@@ -25,6 +25,13 @@ class DataArguments(ScriptArguments):
             "`image_folder`, `name`, `split` and `weight`. A dataset_name given on the command line replaces it."
         },
     )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "With eval_strategy: the data set to measure the loss on; if not given, dataset_test_split of "
+            "dataset_name."
+        },
+    )
     on_bad_picture: str = field(
         default="error",
         metadata={
@@ -110,6 +117,12 @@ def check_arguments(data: DataArguments, training: TrainingArguments, model: Mod
         raise ConvLlavaError(
             "merge_adapter needs use_peft and a model that is not quantized. Merge a QLoRA adapter afterwards into "
             "the model in full precision, with peft's merge_and_unload."
+        )
+    has_splits = data.dataset_name and not data.dataset_name.endswith((".json", ".jsonl"))
+    if training.eval_strategy != "no" and not data.eval_dataset_name and not has_splits:
+        raise ConvLlavaError(
+            f"eval_strategy is {str(training.eval_strategy)!r}, but the data has no split to evaluate on: name "
+            "eval_dataset_name, or leave eval_strategy out."
         )
     if training.packing or training.padding_free:
         raise ConvLlavaError("packing and padding_free do not work with pictures: leave them out.")

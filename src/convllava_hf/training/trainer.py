@@ -38,9 +38,12 @@ class ConvLlavaTrainer(SFTTrainer):
             exclude_from_head(self.accelerator.unwrap_model(self.model).get_output_embeddings(), unused)
             if is_peft_model(self.model) and not getattr(self.model, "is_quantized", False):
                 raise_to_float32(self.model)
+        plain = self.data_collator
         self.data_collator = SafePictureCollator(
-            self.data_collator, self.train_dataset, policy=on_bad_picture, max_skipped=max_bad_pictures
+            plain, self.train_dataset, policy=on_bad_picture, max_skipped=max_bad_pictures
         )
+        # No sample of the training data stands in for one that the loss is measured on.
+        self.eval_data_collator = SafePictureCollator(plain, self.eval_dataset, policy="error")
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -55,6 +58,13 @@ class ConvLlavaTrainer(SFTTrainer):
             )
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        collator, self.data_collator = self.data_collator, self.eval_data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
