@@ -118,6 +118,11 @@ class ConvLlavaConfig(PretrainedConfig):
             visual_token_grid(vision.image_size, vision.image_size, self.stride)
         except ValueError as error:
             raise ValueError(f"vision_config.image_size does not fit the tower. {error}") from None
+        if getattr(self.text_config, "num_attention_heads", None) is None:
+            raise ValueError(
+                f"text_config is of the model type {self.text_config.model_type!r}, which has no attention heads: "
+                "choose a language model with attention."
+            )
         vocab_size = self.text_config.vocab_size
         if not isinstance(self.image_token_id, int) or not 0 <= self.image_token_id < vocab_size:
             raise ValueError(

@@ -249,10 +249,15 @@ def _from_array(image, input_data_format) -> Image.Image:
 
 
 def _from_deep_gray(picture: Image.Image) -> Image.Image:
-    """16- and 32-bit gray as 8-bit gray; PIL's own conversion would cut off everything above 255."""
+    """Gray of 16 or 32 bits or of floats as 8-bit gray; PIL's own conversion would cut off everything above 255.
+
+    PIL says of 16-bit files that they are, sometimes by reading them as 32 bits; floats are in [0, 1] or in 0-255.
+    """
     values = np.asarray(picture).astype(np.float64)
-    if values.max() > 255:
-        values = values / 65535 * 255
+    if picture.mode.startswith("I;16") or values.max() > 255:
+        values = values / 257
+    elif picture.mode == "F" and values.max() <= 1:
+        values = values * 255
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8), mode="L")
 
 

@@ -240,6 +240,9 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, quantization_config=None, **kwargs):
         """As in transformers; a `quantization_config` without a skip list quantizes the language model alone."""
+        for name in ("load_in_4bit", "load_in_8bit"):  # transformers 4 still takes them by themselves
+            if kwargs.pop(name, False):
+                quantization_config = {"quant_method": "bitsandbytes", name: True}
         if quantization_config is not None:
             kwargs["quantization_config"] = _with_skip_list(quantization_config, cls._keep_unquantized)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -366,17 +369,19 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         # mm_token_type_ids come from processors asked for them; the language model has no use for them.
         kwargs.pop("mm_token_type_ids", None)
-        image_features = None
+        image_features = blank = None
         if pixel_values is not None:
             image_features = torch.cat(self.get_image_features(pixel_values, image_sizes).pooler_output)
+        elif self.training or _is_sharded(self.vision_tower):
+            blank = self._blank_picture((input_ids if inputs_embeds is None else inputs_embeds).device)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
             placeholders = self._placeholders(input_ids, inputs_embeds, len(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(placeholders, image_features)
-        elif self.training:
-            inputs_embeds = inputs_embeds + self._blank_picture().to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders.to(inputs_embeds.device), image_features)
+        elif blank is not None:
+            inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -408,22 +413,34 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             )
         return mask.unsqueeze(-1)
 
-    def _blank_picture(self) -> torch.Tensor:
+    def _blank_picture(self, device: torch.device) -> torch.Tensor:
         """Zero, computed from the smallest blank picture through tower and projector.
 
-        With sharded parameters (FSDP, ZeRO-3) the ranks of a training step must all run the same modules; one whose
-        batch has no picture would leave the others waiting for ever.
+        With sharded parameters (FSDP, ZeRO-3) the ranks must all run the same modules in the same order, in evaluation
+        too; one whose batch has no picture would leave the others waiting for ever. ZeRO-3 gathers even a weight that
+        is only asked for its device, so no weight is.
         """
-        weight = self.vision_tower.embeddings.patch_embeddings.weight
         side = self.vision_tower.stride
-        blank = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=weight.device)
+        blank = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
         return self.get_image_features(blank).pooler_output[0].sum() * 0.0
 
 
-def _tied_weights_keys():
-    """transformers 5 wants to know what the head is tied to, transformers 4 takes a list of names."""
+def _is_sharded(vision_tower: nn.Module) -> bool:
+    """Whether the tower's blocks gather their weights from other processes: FSDP2 makes them DTensors until then, and
+    ZeRO-3 gives them numbers."""
+    weight = next(vision_tower.encoder.stages[-1].layers[-1].dwconv.parameters())
+    return hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor"
+
+
+def _tied_weights_keys(model: PreTrainedModel):
+    """transformers 5 wants to know what the head is tied to, transformers 4 takes a list of names.
+
+    Language models call their embeddings `embed_tokens`, `wte`, `word_embeddings` and more.
+    """
     if hasattr(PreTrainedModel, "get_expanded_tied_weights_keys"):
-        return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+        embeddings = model.get_input_embeddings()
+        name = next(name for name, module in model.named_modules() if module is embeddings)
+        return {"lm_head.weight": f"{name}.weight"}
     return ["lm_head.weight"]
 
 
@@ -441,12 +458,11 @@ def _scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
 class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
     """ConvLLaVA with the language model's head: answers questions about pictures."""
 
-    _tied_weights_keys = _tied_weights_keys()
-
     def __init__(self, config: ConvLlavaConfig):
         super().__init__(config)
         self.model = ConvLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._tied_weights_keys = _tied_weights_keys(self)
         self.post_init()
 
     @property
@@ -533,16 +549,27 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         )
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        """As in transformers; pictures go in with the prompt only, since the cache holds what they were."""
+        """As in transformers; pictures go in with the ids that have a place for them.
+
+        The cache holds what earlier ones were, so a further turn on it may bring pictures of its own.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        # transformers 5 drops them by itself and tells the steps apart; transformers 4 counts cache positions.
-        cache_position = kwargs.get("cache_position")
-        if cache_position is not None and cache_position[0] != 0:
-            inputs.pop("pixel_values", None)
-            inputs.pop("image_sizes", None)
+        ids, pixel_values = inputs.get("input_ids"), inputs.get("pixel_values")
+        if ids is not None and pixel_values is not None:
+            places = int((ids == self.config.image_token_id).sum())
+            # transformers 4 hands pictures on in every step, also to guessed tokens that repeat a placeholder.
+            goes_on = (cache_position := kwargs.get("cache_position")) is not None and cache_position[0] != 0
+            if not places or (goes_on and places != sum(self._visual_tokens(pixel_values, inputs.get("image_sizes")))):
+                inputs.update(pixel_values=None, image_sizes=None)
         return inputs
+
+    def _visual_tokens(self, pixel_values: torch.Tensor, image_sizes) -> list[int]:
+        """How many visual tokens each picture has."""
+        if image_sizes is None:
+            image_sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values)
+        return [self.config.num_visual_tokens(*size) for size in _as_size_list(image_sizes)]
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeats each prompt for beams and `num_return_sequences`, and each prompt's pictures together with it.
@@ -565,10 +592,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
 
     def _pictures_per_prompt(self, input_ids, pictures: dict, inputs_embeds) -> list[int]:
         """How many of the pictures, in order, belong to each prompt, from the visual tokens that each has room for."""
-        pixel_values, image_sizes = pictures["pixel_values"], pictures["image_sizes"]
-        if image_sizes is None:
-            image_sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values)
-        tokens = [self.config.num_visual_tokens(*size) for size in _as_size_list(image_sizes)]
+        tokens = self._visual_tokens(**pictures)
         by_ids = inputs_embeds is None or inputs_embeds.shape[1] == 0
         placeholders = self.model._placeholders(input_ids if by_ids else None, inputs_embeds, sum(tokens))
         counts = []

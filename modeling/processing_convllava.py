@@ -84,6 +84,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             raise ValueError("ConvLLaVA sees pictures and reads text; it takes neither videos nor audio.")
         if images is None and text is None:
             raise ValueError("Pass text, images or both.")
+        if kwargs.get("return_overflowing_tokens"):
+            raise ValueError("return_overflowing_tokens would part texts from their pictures: leave it out.")
         return_types = _pop(kwargs, "return_mm_token_type_ids")
         return_replacements = _pop(kwargs, "return_text_replacement_offsets")
         merged = self._merge_kwargs(
@@ -276,8 +278,8 @@ def _pop(kwargs: dict, name: str):
 def _as_texts(text) -> list[str] | None:
     if text is None or isinstance(text, str):
         return text if text is None else [text]
-    if not isinstance(text, (list, tuple)) or not all(isinstance(sample, str) for sample in text):
-        raise ValueError(f"text must be a string or a list of strings, not {type(text).__name__}.")
+    if not isinstance(text, (list, tuple)) or not text or not all(isinstance(sample, str) for sample in text):
+        raise ValueError(f"text must be a string or a list of strings with at least one, not {text!r:.100}.")
     return list(text)
 
 

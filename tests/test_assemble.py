@@ -101,10 +101,10 @@ def test_picture_settings_come_from_the_tower(assembled):
     assert image_processor.stride == 64
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "mistral", "gpt_neox", "gemma3_text", "gpt2", "opt"])
 def test_language_models(tower, tmp_path, model_type):
     """Other families, with other names for their parts; the head is the embedding matrix where it was."""
-    tied = model_type == "qwen3"
+    tied = model_type in ("qwen3", "gpt2", "opt")
     folder = make_language_model(tmp_path / "language", model_type, tie_word_embeddings=tied)
     out = assemble(tmp_path / "out", vision=tower, text=folder, **SMALL)
     model = load_fully(out)

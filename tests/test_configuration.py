@@ -45,6 +45,7 @@ def test_tied_embeddings_follow_the_text_config_and_can_be_overruled():
         ({"vision_config": ConvNextConfig(num_stages=5)}, "numbers of stages: num_stages=5"),
         ({"vision_config": {"image_size": 800 + 1}}, "image_size does not fit.*801 x 801.*32 pixels.*800 x 800"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "'clip_vision_model'.*ConvNextConfig"),
+        ({"text_config": {"model_type": "mamba"}}, "'mamba', which has no attention heads"),
         ({"image_token_id": 32064}, "image_token_id is 32064, outside.*32064 tokens"),
         ({"image_token_id": -200}, "image_token_id is -200, outside"),
         ({"image_token_id": None}, "image_token_id is None, outside"),

@@ -162,6 +162,32 @@ def test_conversation_goes_on_with_its_cache(model, processor):
     assert torch.equal(continued, anew)
 
 
+def test_a_further_turn_brings_its_own_picture(model, processor):
+    """On the first turn's cache, with the new picture alone, the answer is that of both pictures anew."""
+    first = prepare(processor, [CHATS[0]])
+    picture = make_picture(seed=9)
+    cache = DynamicCache()
+    with torch.no_grad():
+        turn = model.generate(**first, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        more = processor(
+            images=picture, text=" USER: <image> And this?", add_special_tokens=False, return_tensors="pt"
+        )
+        ids = torch.cat([turn, more["input_ids"]], dim=1)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+        new = {name: more[name] for name in ("pixel_values", "image_sizes")}
+        both = {name: torch.cat([first[name], more[name]]) for name in new}
+        continued = model.generate(input_ids=ids, past_key_values=cache, **new, **options)
+        anew = model.generate(input_ids=ids, **both, **options)
+    assert torch.equal(continued, anew)
+    unseen = model.generate(input_ids=ids, **{**both, "pixel_values": both["pixel_values"] * 0}, **options)
+    assert not torch.equal(unseen, anew)
+
+
+def test_guessed_tokens_that_repeat_a_placeholder_change_nothing(model, processor, greedy):
+    inputs = prepare(processor, CHATS[:1])
+    assert torch.equal(answer(model, inputs, prompt_lookup_num_tokens=4)[0], greedy[0])
+
+
 def test_pixels_go_in_with_the_prompt_alone(model, inputs, monkeypatch):
     calls = []
     forward = model.model.get_image_features

@@ -63,6 +63,16 @@ def test_sixteen_bit_gray_is_scaled_not_cut_off(dtype, mode):
     np.testing.assert_allclose(restored(deep), restored(Image.fromarray(gray)), atol=1)
 
 
+def test_dark_sixteen_bit_gray_stays_dark():
+    dark = np.full((64, 64), 200, dtype=np.uint16)
+    assert restored(Image.fromarray(dark)).max() < 2 and restored(dark).max() < 2
+
+
+def test_floats_of_pil_are_read_as_arrays_are():
+    values = np.asarray(make_picture(mode="L")).astype(np.float32)
+    np.testing.assert_allclose(restored(Image.fromarray(values / 255)), restored(Image.fromarray(values)), atol=1)
+
+
 def test_sixteen_bit_png_from_its_path(tmp_path):
     gray = np.asarray(make_picture(mode="L"))
     Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")

@@ -221,6 +221,25 @@ def test_incomplete_and_damaged_weights_are_refused(checkpoint, tmp_path):
         load(damaged, device="cpu")
 
 
+def test_a_damaged_tokenizer_is_refused(checkpoint, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    (damaged / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConvLlavaError, match="Cannot load the checkpoint"):
+        load(damaged, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_a_checkpoint_without_a_part_of_its_processor_is_refused(name, checkpoint, tmp_path):
+    partial = tmp_path / "partial"
+    shutil.copytree(checkpoint, partial)
+    (partial / name).unlink()
+    with pytest.raises(ConvLlavaError, match=f"is incomplete: {name} is missing"):
+        load(partial, device="cpu")
+
+
 def test_missing_tensors_are_refused(checkpoint, tmp_path):
     """transformers itself would only warn and let the model answer with random weights."""
     from safetensors.torch import load_file, save_file

@@ -70,6 +70,15 @@ def test_saving_and_loading_changes_nothing(tied, inputs, tmp_path):
     assert same is tied
 
 
+@pytest.mark.parametrize("text", ["gpt2", "opt", "gpt_neox", "falcon"])
+def test_embeddings_are_tied_whatever_the_language_model_calls_them(text, inputs, tmp_path):
+    model = make_model(text=text, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    again = ConvLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.lm_head.weight.data_ptr() == again.get_input_embeddings().weight.data_ptr()
+    torch.testing.assert_close(last_logits(again, inputs), last_logits(model, inputs), atol=0, rtol=0)
+
+
 def test_auto_classes_build_and_load_it(checkpoint, model):
     assert type(AutoModelForVision2Seq.from_pretrained(checkpoint)) is ConvLlavaForConditionalGeneration
     base, report = AutoModel.from_pretrained(checkpoint, output_loading_info=True)

@@ -95,6 +95,12 @@ def test_unknown_roles_are_refused(processor):
         rendered(processor, [{"role": "user", "content": "Hi"}, {"role": "system", "content": "x"}])
 
 
+@pytest.mark.parametrize("kind", ["video", "input_text"])
+def test_parts_that_are_neither_text_nor_picture_are_refused(processor, kind):
+    with pytest.raises(Exception, match=f"part is of type '{kind}'"):
+        rendered(processor, [{"role": "user", "content": [{"type": kind}, part("text", "Q")]}])
+
+
 def test_template_and_processor_call_agree(processor):
     chat = ask("What?", make_picture())
     tokenized = processor.apply_chat_template(
@@ -257,8 +263,11 @@ def test_numbers_must_agree_for_every_prompt(processor):
 def test_other_nonsense_is_refused(processor):
     with pytest.raises(ValueError, match="Pass text, images or both"):
         processor()
-    with pytest.raises(ValueError, match="list of strings, not int"):
-        processor(text=3)
+    for text in (3, [], ["a", 3]):
+        with pytest.raises(ValueError, match="list of strings with at least one, not"):
+            processor(text=text)
+    with pytest.raises(ValueError, match="return_overflowing_tokens"):
+        processor(text="x", return_overflowing_tokens=True)
     with pytest.raises(ValueError, match="neither videos nor audio"):
         processor(text="x", videos=[1])
 

@@ -204,3 +204,11 @@ def test_a_list_that_is_the_quantizers_default_is_not_the_callers():
     assert _with_skip_list(Config(["model.vision_tower"]), keep).skip_modules == ["model.vision_tower"]
     assert _with_skip_list(Config([]), keep).skip_modules == []
     assert Config().skip_modules == ["lm_head"]
+
+
+@pytest.mark.parametrize("argument", ["load_in_4bit", "load_in_8bit"])
+def test_the_short_way_of_transformers_4_leaves_the_same_alone(wide_checkpoint, argument):
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForImageTextToText.from_pretrained(wide_checkpoint, **{argument: True})
+    modules = quantized_modules(model)
+    assert modules and all(name.startswith("model.language_model.") for name in modules)

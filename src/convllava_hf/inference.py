@@ -31,6 +31,7 @@ from .modeling.processing_convllava import ConvLlavaProcessor
 
 IMAGE_TOKEN = "<image>"
 QUANTIZATIONS = ("4bit", "8bit")
+_PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -251,6 +252,7 @@ def load(
             quantization asked for is not there.
     """
     check_checkpoint(source)
+    _check_processor_files(source)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
@@ -259,7 +261,7 @@ def load(
     try:
         processor = ConvLlavaProcessor.from_pretrained(source)
         model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: the tokenizer's files are broken or missing
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(
@@ -293,6 +295,16 @@ def check_checkpoint(source: str | os.PathLike) -> None:
         f"{name!r} is no ConvLLaVA checkpoint: its config.json has the model_type {model_type!r}, and "
         f"{ConvLlavaConfig.model_type!r} is expected."
     )
+
+
+def _check_processor_files(source: str | os.PathLike) -> None:
+    """Refuses a folder that lacks what the processor is made of; transformers would go on without a part of it."""
+    folder = Path(source)
+    if folder.is_dir() and (missing := [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]):
+        raise ConvLlavaError(
+            f"The checkpoint {os.fspath(source)!r} is incomplete: {', '.join(missing)} is missing. Save the processor "
+            "along with the model, or convert the original again."
+        )
 
 
 def _read_config(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
@@ -82,7 +82,7 @@ def assemble(
     suffix = prefix_after(tokenizer, IMAGE_TOKEN)
     processor = layout.new_processor(config, tokenizer, template, suffix, tower.image_settings)
     generation_config = layout.new_generation_config(folder, text_config, tokenizer, text_config.vocab_size)
-    with new_checkpoint_folder(output, overwrite, inputs=(folder, Path(vision))) as new:
+    with new_checkpoint_folder(output, overwrite, inputs=(folder, Path(vision).expanduser())) as new:
         layout.save_all_but_weights(new, model, processor, generation_config)
         layout.write_weights(new, model, plan, sources, parse_size(_SHARD_SIZE), progress)
     return Path(output)
@@ -169,7 +169,7 @@ def _read_language_model(folder: Path) -> tuple[PretrainedConfig, Weights | Stat
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model, base = AutoModelForCausalLM.from_config(config), AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ConvLlavaError(
             f"{_WHAT}: {folder} holds no causal language model of transformers ({first_line(error)})."
@@ -182,7 +182,9 @@ def _read_language_model(folder: Path) -> tuple[PretrainedConfig, Weights | Stat
             )
     head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    table = language_model_table(model.base_model_prefix, f"{head}.weight", tied)
+    # Some models' `base_model_prefix` names nothing in them (Gemma 3's in transformers 4).
+    prefix = next((n for n, module in model.named_modules() if type(module) is type(base)), model.base_model_prefix)
+    table = language_model_table(prefix, f"{head}.weight", tied)
     weights = Weights(folder, _WHAT)
     names = set(model.state_dict()) - ({f"{head}.weight"} if tied else set())
     if not names <= set(weights):
