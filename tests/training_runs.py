@@ -1,4 +1,4 @@
-"""Trainings on the golden data through the script and the recipes: in this process, or in others that may be killed."""
+"""Trainings on the golden data through the script and the recipes, in this process or in one that may be killed."""
 
 import json
 import os
@@ -74,6 +74,36 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def assert_same_updates(ours: Path, theirs: Path, start: Path, tolerance: float) -> None:
+    """What training changed is the same but for rounding, by the norm of each tensor.
+
+    Single weights may differ more: AdamW moves one whose gradient is all rounding as far as any other.
+    """
+    ours, theirs, before = weights_of(ours), weights_of(theirs), weights_of(start)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        update = expected - before[name] if name in before else expected
+        assert (ours[name] - expected).norm() <= tolerance * update.norm(), name
+
+
+def with_pictures_inside(folder: Path, *splits: str) -> Path:
+    """The golden samples as a folder of parquet, as the Hub has them: `messages`, and `images` as bytes."""
+    from datasets import Features, Image, List
+
+    from convllava_hf.data import load_training_data
+
+    def read(row: dict) -> dict:
+        return {"images": [{"bytes": Path(one["path"]).read_bytes(), "path": None} for one in row["images"]]}
+
+    dataset = load_training_data(GOLDEN / "conversations.json", image_folder=GOLDEN / "images")
+    dataset = dataset.select_columns(["messages", "images"])
+    features = Features({**dataset.features, "images": List(Image())})
+    folder.mkdir(parents=True)
+    for split in splits:
+        dataset.map(read, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
 
 
 def some_samples(folder: Path, names: Iterable[str], **pictures: str) -> Path:

@@ -73,6 +73,11 @@ def train(data: DataArguments, training: TrainingArguments, model_config: ModelC
         on_bad_picture=data.on_bad_picture,
         max_bad_pictures=data.max_bad_pictures,
     )
+    if training.merge_adapter and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ConvLlavaError(
+            "merge_adapter does not work with sharded parameters (FSDP, DeepSpeed): leave it out, and merge the saved "
+            "adapter afterwards with peft's merge_and_unload."
+        )
     if trainer.is_world_process_zero():
         logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
     trainer.train(resume_from_checkpoint=resume)
@@ -151,6 +156,6 @@ def _save(trainer: ConvLlavaTrainer, training: TrainingArguments) -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main().end()  # closes trackers and the process group
     except ConvLlavaError as error:
         sys.exit(f"convllava: error: {error}")
