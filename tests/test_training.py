@@ -5,53 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from training_runs import RECIPES, STAGES, STARTS, assert_same_weights, logged, run
 
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from convllava_hf.convert import convert_checkpoint  # noqa: E402
 from convllava_hf.convert.keys import ORIGINAL_TABLE, rename_key  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
-from convllava_hf.train import main  # noqa: E402
-
-
-RECIPES = Path(__file__).parents[1] / "recipes" / "convllava-7b-768"
-STAGES = {1: "stage1_projector", 2: "stage2_pretrain", 3: "stage3_instruct"}
-STARTS = {1: "checkpoint-init", 2: "checkpoint-stage1", 3: "checkpoint-stage2"}
-ON_CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
-
-
-def options(**values) -> list[str]:
-    arguments = []
-    for key, value in values.items():
-        arguments += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return arguments
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory, golden) -> dict[int, Path]:
+def starts(converted_checkpoint) -> dict[int, Path]:
     """The golden checkpoint that each stage starts from, converted."""
-    folder = tmp_path_factory.mktemp("starts")
-    return {stage: convert_checkpoint(golden / name, folder / name, progress=False) for stage, name in STARTS.items()}
-
-
-def run(recipe: Path, model: Path, golden: Path, output: Path, **overrides):
-    arguments = {
-        "model_name_or_path": model,
-        "dataset_name": golden / "conversations.json",
-        "image_folder": golden / "images",
-        "output_dir": output,
-        "logging_steps": 1,
-        "dataloader_num_workers": 0,
-        **overrides,
-    }
-    return main(["--config", str(recipe), *ON_CPU, *options(**arguments)])
-
-
-def logged(trainer, key: str) -> list[float]:
-    return [row[key] for row in trainer.state.log_history if key in row]
+    return {stage: converted_checkpoint(name) for stage, name in STARTS.items()}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -62,7 +29,6 @@ def test_a_stage_trains_as_the_original_does(stage, starts, golden, tmp_path):
     trainer = run(
         RECIPES / f"{STAGES[stage]}.yaml",
         starts[stage],
-        golden,
         tmp_path / "out",
         max_steps=6,
         warmup_steps=1,
@@ -96,13 +62,6 @@ FULL = {
 }
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    name = "adapter_model.safetensors" if (folder / "adapter_model.safetensors").exists() else "model.safetensors"
-    return load_file(folder / name)
-
-
 @pytest.fixture(scope="module")
 def lora_recipe(tmp_path_factory) -> Path:
     """A recipe of LoRA's keys alone; what a stage trains cannot be unset on the command line."""
@@ -115,26 +74,22 @@ def lora_recipe(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, starts, golden, tmp_path, lora_recipe):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, starts, tmp_path, lora_recipe):
     recipe = lora_recipe if kind == "lora" else RECIPES / "stage2_pretrain.yaml"
-    whole = run(recipe, starts[2], golden, tmp_path / "whole", **FULL)
+    whole = run(recipe, starts[2], tmp_path / "whole", **FULL)
     # Interrupted after step 5: the checkpoint of step 4 is the last, the one of step 6 is half-written.
-    run(recipe, starts[2], golden, tmp_path / "cut", **FULL)
+    run(recipe, starts[2], tmp_path / "cut", **FULL)
     for step in (8, 6):
         (tmp_path / "cut" / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    resumed = run(recipe, starts[2], golden, tmp_path / "cut", **FULL, resume_from_checkpoint="true")
+    resumed = run(recipe, starts[2], tmp_path / "cut", **FULL, resume_from_checkpoint="true")
     assert logged(resumed, "loss") == logged(whole, "loss")
-    ours, theirs = weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole")
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_the_loss_is_measured_on_other_data_where_asked(starts, golden, tmp_path):
     trainer = run(
         RECIPES / "stage3_instruct.yaml",
         starts[3],
-        golden,
         tmp_path / "out",
         **{**FULL, "max_steps": 2, "save_strategy": "no"},
         eval_strategy="steps",
@@ -149,6 +104,6 @@ def test_the_loss_is_measured_on_other_data_where_asked(starts, golden, tmp_path
     assert measured[0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_evaluating_without_data_is_refused(starts, golden, tmp_path):
+def test_evaluating_without_data_is_refused(starts, tmp_path):
     with pytest.raises(ConvLlavaError, match="no split to evaluate on: name eval_dataset_name"):
-        run(RECIPES / "stage3_instruct.yaml", starts[3], golden, tmp_path / "out", eval_strategy="epoch")
+        run(RECIPES / "stage3_instruct.yaml", starts[3], tmp_path / "out", eval_strategy="epoch")
