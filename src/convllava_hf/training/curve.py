@@ -31,7 +31,11 @@ def save_loss_curve(log_history: list[dict], path: str | Path, title: str = "") 
     evaluated = [row for row in log_history if "eval_loss" in row]
     if evaluated:
         axis.plot(
-            [row["step"] for row in evaluated], [row["eval_loss"] for row in evaluated], "s--", label="eval loss"
+            [row["step"] for row in evaluated],
+            [row["eval_loss"] for row in evaluated],
+            "s--",
+            color="#b3413b",
+            label="eval loss",
         )
     axis.set(xlabel="step", ylabel="loss", title=title)
     axis.grid(alpha=0.3)
