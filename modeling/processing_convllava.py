@@ -12,6 +12,7 @@ from .configuration_convllava import visual_token_grid
 from .image_processing_convllava import ConvLlavaImagesKwargs
 
 
+IMAGE_TOKEN = "<image>"
 # transformers' `sanitize_control_tokens` puts this character before a token that a user typed: it is text then.
 _TYPED_BY_USER = "\U000f0000"
 
@@ -49,7 +50,7 @@ class ConvLlavaProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         chat_template: str | None = None,
-        image_token: str = "<image>",
+        image_token: str = IMAGE_TOKEN,
         image_suffix: str = "",
     ):
         self.image_token = image_token

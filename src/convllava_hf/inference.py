@@ -26,10 +26,9 @@ from .errors import ConvLlavaError, first_line
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
-from .modeling.processing_convllava import ConvLlavaProcessor
+from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
 
 
-IMAGE_TOKEN = "<image>"
 QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConvLlavaError
+from ..modeling.processing_convllava import IMAGE_TOKEN
 from .reading import read_json
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
 _BLANK = "▁"  # SentencePiece's mark of a space
 _NOT_BYTES = "\U0010fffe"  # no character, so in no text
 _NORMAL, _USER_DEFINED = 1, 4  # SentencePiece's types of pieces
