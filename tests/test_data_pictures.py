@@ -124,7 +124,8 @@ def test_workers_count_together(collate, dataset, context):
 @pytest.mark.slow
 def test_bound_holds_for_workers_together(collate, dataset):
     loader = DataLoader(dataset * 3, 5, collate_fn=collate(policy="skip", max_skipped=3), num_workers=2)
-    with pytest.raises(PictureError, match="^4 samples have.*allows 3"):
+    # Each of the two workers may count one more before it sees what the other has counted.
+    with pytest.raises(PictureError, match="^[45] samples have.*allows 3"):
         list(loader)
 
 
