@@ -121,10 +121,12 @@ class ConvLlavaProcessor(ProcessorMixin):
                     for offsets, row, original in zip(encoding["offset_mapping"], spans, texts, strict=True)
                 ]
             data = {**encoding, **data}
-        replaced = data.pop("text_replacement_offsets", None)  # not a tensor
+        # Whoever wants to know what was replaced goes through the offsets one by one (transformers, for the mask of
+        # what the assistant says), and elements of a tensor come many times slower than those of a list.
+        walked = ("text_replacement_offsets", "offset_mapping") if return_replacements else ()
+        lists = {name: data.pop(name) for name in walked if name in data}
         features = BatchFeature(data, tensor_type=return_tensors)
-        if replaced is not None:
-            features["text_replacement_offsets"] = replaced
+        features.update(lists)
         return features
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
