@@ -13,22 +13,25 @@ BIN := $(VENV)/bin
 # Compiling all of torch while installing takes longer than compiling what is imported.
 PIP := -m pip --disable-pip-version-check --no-input install --quiet --no-compile
 
-.PHONY: help quickstart test test-slow test-compat style format wheel clean
+.PHONY: help quickstart test test-slow test-miniature test-compat style format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/.installed ## install, then convert a checkpoint of the original code and ask it about a picture
+quickstart: $(VENV)/.installed ## install, then make, train and judge a miniature ConvLLaVA: about ten minutes
 	$(BIN)/convllava quickstart
 
 test: $(VENV)/.installed-dev ## install with the test tools and run the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not miniature' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer: servers, killed runs, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
+test-miniature: $(VENV)/.installed-dev ## train a miniature model through all stages, and ask it: about four minutes
+	$(BIN)/python -m pytest -m miniature $(PYTEST_ARGS)
+
 test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of transformers: TRANSFORMERS=4.57.6
-	$(COMPAT_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(COMPAT_VENV)/bin/python -m pytest -m 'not miniature' $(PYTEST_ARGS)
 
 style: $(VENV)/.installed-dev ## lint, and check the formatting
 	$(BIN)/ruff check .
@@ -51,7 +54,7 @@ clean: ## remove what the targets made, environments included
 # Stamps: an environment is made anew when pyproject.toml is newer than it.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --editable .
+	$(BIN)/python $(PIP) --editable '.[quickstart]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml

@@ -13,6 +13,8 @@ def main(folder: str) -> None:
     package = unpacked / "convllava_hf"
     sources = {path: package / path.relative_to(ROOT / "src" / "convllava_hf") for path in ROOT.glob("src/**/*.py")}
     sources |= {path: package / "modeling" / path.name for path in (ROOT / "modeling").iterdir() if path.is_file()}
+    recipes = (ROOT / "recipes" / "miniature").glob("*.yaml")
+    sources |= {path: package / "miniature" / "recipes" / path.name for path in recipes}
     if missing := [str(source.relative_to(ROOT)) for source, there in sources.items() if not there.is_file()]:
         sys.exit(f"The wheel lacks {', '.join(missing)}: see [tool.setuptools] in pyproject.toml")
 

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from argparse import Namespace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("convllava-*/*.yaml"))
 STAGED = [path for path in RECIPES if path.name.startswith("stage")]
 ADAPTERS = [path for path in RECIPES if path.stem in ("lora", "qlora")]
+MINIATURE = sorted((ROOT / "recipes" / "miniature").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 # arXiv 2405.15738, table 15; weight decay and length from the original's scripts.
@@ -100,6 +102,21 @@ def test_there_is_a_recipe_for_everything():
         assert {path.stem for path in RECIPES if path.parent.name == folder} == stages | {"lora", "qlora"}
     assert {path.stem for path in RECIPES if path.parent.name == "convllava-1.5b-768"} == stages | {"lora"}
     assert {path.stem for path in ACCELERATE} == {"one_gpu", "ddp", "fsdp2", "zero2", "zero3"}
+
+
+# --- the miniature
+
+
+@each(MINIATURE)
+def test_the_miniature_trains_what_the_paper_does(path):
+    data, training, model = parse(path)
+    check_arguments(data, training, model)
+    assert not GONE & set(values(path))
+    parts = {"projector", *(f"vision_tower.stages.{n}" for n in range(5)), "language_model", "lm_head"}
+    trains = {part for part in parts if any(fnmatchcase(part, pattern) for pattern in training.trainable)}
+    assert trains == PAPER[stage_of(path)]["trains"]
+    head = path.read_text("utf-8").split("\n\n")[0]
+    assert f"stage {stage_of(path)} of 3" in head and "arXiv 2405.15738" in head
 
 
 # --- what all recipes have in common

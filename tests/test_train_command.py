@@ -64,7 +64,7 @@ def test_a_single_name_is_a_list_of_one(tmp_path):
 
 
 def test_without_what_training_needs_the_command_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("convllava_hf.cli.train.find_spec", lambda name: None if name == "trl" else object())
+    monkeypatch.setattr("convllava_hf.cli.common.find_spec", lambda name: None if name == "trl" else object())
     assert cli.main(["train", "--config", "x"]) == 2
     message = capsys.readouterr().err
     assert "trl" in message and "convllava-hf[train]" in message

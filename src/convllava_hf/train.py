@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from . import AutoModelForVision2Seq
@@ -23,8 +23,14 @@ from .training.trainer import ConvLlavaTrainer
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> ConvLlavaTrainer:
+def main(
+    arguments: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] | None = None
+) -> ConvLlavaTrainer:
     """Parses a recipe and the options over it, and trains.
+
+    Args:
+        arguments: the command line's, if not given.
+        callbacks: of the trainer, for whoever calls this from Python.
 
     Raises:
         ConvLlavaError: the recipe asks for what cannot work.
@@ -39,10 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> ConvLlavaTrainer:
         raise ConvLlavaError("--config needs the path of a recipe.") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ConvLlavaError(f"The recipe cannot be used: {error}") from error
-    return train(*parsed)
+    return train(*parsed, callbacks=callbacks)
 
 
-def train(data: DataArguments, training: TrainingArguments, model_config: ModelConfig) -> ConvLlavaTrainer:
+def train(
+    data: DataArguments,
+    training: TrainingArguments,
+    model_config: ModelConfig,
+    callbacks: Sequence[TrainerCallback] | None = None,
+) -> ConvLlavaTrainer:
     """Loads, chooses what trains, trains, and saves a checkpoint that the next stage loads."""
     check_arguments(data, training, model_config)
     resume = _checkpoint_to_resume(training)
@@ -69,6 +80,7 @@ def train(data: DataArguments, training: TrainingArguments, model_config: ModelC
         train_dataset=dataset,
         eval_dataset=_evaluation_data(data, training),
         processing_class=processor,
+        callbacks=list(callbacks or ()) or None,
         peft_config=get_peft_config(model_config),
         on_bad_picture=data.on_bad_picture,
         max_bad_pictures=data.max_bad_pictures,

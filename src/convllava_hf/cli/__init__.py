@@ -40,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a result that is not as it should be, 2 for a mistake in
     what was asked for, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    # Importing torchao beside a newer torch makes torch log what only its developers can mend.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Importing torchao beside a newer torch, and bitsandbytes without its kernels for CPUs, logs what whoever types a
+    # command can do nothing about.
+    for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from .. import ConvLlavaConfig  # noqa: F401  (registers the model, which takes seconds: not before it is needed)
 

@@ -2,9 +2,13 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
+
+from ..errors import ConvLlavaError
 
 
 DTYPES = ("bfloat16", "float16", "float32")
+_TRAINING = ("datasets", "matplotlib", "peft", "trl", "yaml")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +62,23 @@ def load_assistant(args: argparse.Namespace):
     from ..inference import load
 
     return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization)
+
+
+def require_training() -> None:
+    """Refuses to train where what training needs is not installed.
+
+    Raises:
+        ConvLlavaError: names what is lacking.
+    """
+    import transformers
+    from packaging.version import Version
+
+    lacking = [name for name in _TRAINING if find_spec(name) is None]
+    if lacking or Version(transformers.__version__) < Version("5.18"):
+        raise ConvLlavaError(
+            f"Training needs transformers 5.18 or newer (this is {transformers.__version__}) and "
+            f"{', '.join(lacking) or 'what goes with it'}: pip install 'convllava-hf[train]'"
+        )
 
 
 def quiet_unless_watched() -> None:

@@ -1,12 +1,9 @@
 """`convllava train`: training from a recipe, on one device."""
 
 import argparse
-from importlib.util import find_spec
 
 from ..errors import ConvLlavaError
-
-
-_NEEDED = ("datasets", "matplotlib", "peft", "trl", "yaml")
+from .common import require_training
 
 
 def register(subparsers) -> None:
@@ -26,15 +23,7 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.arguments:
         raise ConvLlavaError("Nothing says what to train: convllava train --config RECIPE, or --help for all keys.")
-    import transformers
-    from packaging.version import Version
-
-    lacking = [name for name in _NEEDED if find_spec(name) is None]
-    if lacking or Version(transformers.__version__) < Version("5.18"):
-        raise ConvLlavaError(
-            f"Training needs transformers 5.18 or newer (this is {transformers.__version__}) and "
-            f"{', '.join(lacking) or 'what goes with it'}: pip install 'convllava-hf[train]'"
-        )
+    require_training()
     from ..train import main
 
     main(args.arguments)

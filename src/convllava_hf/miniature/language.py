@@ -1,0 +1,125 @@
+"""Scenes as words: captions, questions with their answers, and text pictures."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .world import CELLS, COLORS, SHAPES, UNITS, Box, Scene, Thing, cell_of
+
+
+GENERAL = ("color", "shape", "presence", "count")
+KINDS = ("reading", *GENERAL, "grounding")
+NUMBERS = ("zero", "one", "two", "three", "four")
+_BOXES_SHARE = 0.4
+CAPTION_PROMPT = "Describe the picture."
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene. `kind` is one of `KINDS`."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def box_text(box: Box) -> str:
+    """`[left, top, right, bottom]` from 0 to 1, as LLaVA's data sets write boxes."""
+    return f"[{_edges(box, ', ')}]"
+
+
+def caption(scene: Scene) -> str:
+    """Everything in a scene with its bounding box, in reading order."""
+    facts = [(thing.box, f"{_article(thing.color)} {thing.shape}") for thing in scene.things]
+    facts.append((scene.sign.box, f"a sign that says {scene.sign.digit}"))
+    facts.sort(key=lambda fact: cell_of(fact[0]))
+    return ", ".join(f"{what} {box_text(box)}" for box, what in facts) + "."
+
+
+def text_picture(scene: Scene) -> str:
+    """A scene in words, cell by cell in reading order: what a language model can look at.
+
+    What is in a cell stands behind its edges, so that the word which names it can gather them: a visual token, too,
+    has all of it at once. Text pictures are to the miniature's language model what all that it has read is to Vicuna:
+    a way to know about things, places and questions about them before it ever sees a picture.
+    """
+    words = {cell_of(thing.box): f"{_edges(thing.box)} {thing.color}-{thing.shape}" for thing in scene.things}
+    words[cell_of(scene.sign.box)] = f"{_edges(scene.sign.box)} sign-{scene.sign.digit}"
+    return " ".join(words.get((row, column), "ground") for row in range(CELLS) for column in range(CELLS))
+
+
+def conversation(scene: Scene, rng: np.random.Generator, caption_share: float) -> list[tuple[str, str]]:
+    """What is said about a scene, in turns of a prompt and its answer.
+
+    Boxes are asked for in conversations of their own: whoever has been asked for the box of the red square need not
+    look to know that there is one.
+
+    Args:
+        caption_share: how often it is the caption; else, in random order, the boxes of all things or, a little more
+            often, one question of each other kind.
+    """
+    if rng.random() < caption_share:
+        return [(CAPTION_PROMPT, caption(scene))]
+    if rng.random() < _BOXES_SHARE:
+        asked = [_grounding(thing) for thing in scene.things]
+    else:
+        asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
+    return [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))]
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """One question of every kind that the scene allows, drawn by `rng`, in the order of `KINDS`.
+
+    No constant answer is right much more often than any other: numbers are drawn before things are, half the answers
+    about presence are yes, and colours, shapes, digits and places are alike by symmetry.
+    """
+    found = [Question("reading", "What does the sign say?", str(scene.sign.digit))]
+    if alone := _alone(scene, "shape"):
+        thing = alone[rng.integers(len(alone))]
+        found.append(Question("color", f"What color is the {thing.shape}?", thing.color))
+    if alone := _alone(scene, "color"):
+        thing = alone[rng.integers(len(alone))]
+        found.append(Question("shape", f"What shape is the {thing.color} object?", thing.shape))
+    found.append(_presence(scene, rng))
+    number = sum(scene.counted in (thing.color, thing.shape) for thing in scene.things)
+    found.append(Question("count", f"How many {_plural(scene.counted)} are there?", NUMBERS[number]))
+    found.append(_grounding(scene.things[rng.integers(len(scene.things))]))
+    return found
+
+
+def _presence(scene: Scene, rng: np.random.Generator) -> Question:
+    there = [(thing.color, thing.shape) for thing in scene.things]
+    if rng.random() < 0.5:
+        color, shape = there[rng.integers(len(there))]
+        return Question("presence", f"Is there {_article(color)} {shape}?", "yes")
+    # Half of what is not there has the colour of one thing and the shape of another, where there are such.
+    mixed = {(color, shape) for color, _ in there for _, shape in there}.difference(there)
+    absent = sorted(mixed) if mixed and rng.random() < 0.5 else [
+        (color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in there
+    ]  # fmt: skip
+    color, shape = absent[rng.integers(len(absent))]
+    return Question("presence", f"Is there {_article(color)} {shape}?", "no")
+
+
+def _grounding(thing: Thing) -> Question:
+    return Question("grounding", f"Give the bounding box of the {thing.color} {thing.shape}.", box_text(thing.box))
+
+
+def _alone(scene: Scene, attribute: str) -> list[Thing]:
+    """Things whose colour or shape no other thing has."""
+    values = [getattr(thing, attribute) for thing in scene.things]
+    return [thing for thing, value in zip(scene.things, values, strict=True) if values.count(value) == 1]
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def _edges(box: Box, between: str = " ") -> str:
+    return between.join(f"{value / UNITS:.2f}" for value in box)
+
+
+def _plural(counted: str) -> str:
+    if counted in COLORS:
+        return f"{counted} objects"
+    return counted + ("es" if counted.endswith("s") else "s")

@@ -1,0 +1,259 @@
+"""Stage 0: small stand-ins for CLIP's ConvNeXt and for Vicuna, trained from nothing on the miniature world."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from ..convert.writing import new_checkpoint_folder
+from .drawing import draw_sign, draw_thing
+from .language import conversation, text_picture
+from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
+
+
+# Vicuna's roles without its system message, which would be longer than the conversations here.
+CHAT_TEMPLATE = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- 'USER: ' + message['content'] + ' ' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+)
+# Words, coordinates, digits, signs: each with the blank before it.
+_PIECES = r" ?[A-Za-z]+(?:-[A-Za-z0-9]+)?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s"
+_CAPTION_SHARE = 0.3
+
+OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
+
+
+def train_tower(folder: Path, *, steps: int, seed: int, on_step: OnStep | None = None) -> Path:
+    """Trains a four-stage ConvNeXt to say what is at every place of pictures of 128 x 128 pixels, and saves it.
+
+    Of each place it learns the name of what is there and how far that reaches. Places are asked about one by one,
+    since they are what a language model gets to see: features that only their average has to name say little at any
+    of them.
+
+    Args:
+        folder: a transformers folder to make.
+    """
+    torch.manual_seed(seed)
+    config = ConvNextConfig(
+        depths=[1, 1, 2, 1],
+        hidden_sizes=[16, 32, 64, 128],
+        image_size=_SIDE,
+        initializer_range=0.1,
+        layer_scale_init_value=1.0,
+    )
+    tower = ConvNextModel(config).to(memory_format=torch.channels_last)
+    head = nn.Sequential(nn.LayerNorm(config.hidden_sizes[-1]), nn.Linear(config.hidden_sizes[-1], len(_NAMES) + 4))
+    rng = np.random.default_rng([seed, 100])
+    weights = torch.ones(len(_NAMES))
+    weights[_NAMES.index("ground")] = 0.1  # most places are
+
+    def loss() -> torch.Tensor:
+        pictures, names, edges = map(np.stack, zip(*(labelled_picture(rng) for _ in range(_TOWER_BATCH)), strict=True))
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        features = tower(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
+        said = head(features.float().permute(0, 2, 3, 1)).flatten(0, 2)  # (N, C, H, W) -> (N*H*W, names and 4 edges)
+        targets = torch.from_numpy(names).flatten()
+        there = targets != _NAMES.index("ground")
+        reach = F.smooth_l1_loss(said[there, len(_NAMES) :], torch.from_numpy(edges).flatten(0, 2)[there])
+        return F.cross_entropy(said[:, : len(_NAMES)], targets, weight=weights) + reach
+
+    _fit([*tower.parameters(), *head.parameters()], loss, steps, 5e-3, on_step)
+    with new_checkpoint_folder(folder, overwrite=True) as new:
+        tower.save_pretrained(new)
+    return folder
+
+
+def train_language_model(
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    world: World | None = None,
+    on_step: OnStep | None = None,
+) -> Path:
+    """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer."""
+    torch.manual_seed(seed)
+    world = world or World()
+    tokenizer = make_tokenizer(world)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=336,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        attn_implementation="eager",  # SDPA backward is slow on a CPU
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    batches = text_batches(tokenizer, world, seed)
+    _fit(list(model.parameters()), lambda: model(**next(batches)).loss, steps, 2e-3, on_step)
+    with new_checkpoint_folder(folder, overwrite=True) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    return folder
+
+
+def make_tokenizer(world: World | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that can write everything and has one token for each word of the miniature world."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(world or World(), 3000), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=1024,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# What can be at a place: any coloured shape, a sign with any digit, or nothing.
+_NAMES = [*((color, shape) for color in COLORS for shape in SHAPES), *range(10), "ground"]
+_SIDE = 128  # pixels of the tower's pictures
+_STRIDE = 32  # pixels of the four-stage tower
+_SIZES = (48, 102)  # pixels of what is in them: as large as in scenes of 256 pixels
+_TOWER_BATCH = 16
+
+
+def labelled_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A picture of up to three things, and what is at its places.
+
+    Returns:
+        The picture, (128, 128, 3) of 0-255. The index of what is at the centre of each place, (4, 4). How far that
+        reaches from there to the left, top, right and bottom, (4, 4, 4) in strides.
+    """
+    grey = rng.integers(85, 200)
+    picture = Image.new("RGB", (_SIDE, _SIDE), tuple(int(value) for value in grey + rng.integers(-15, 16, 3)))
+    places = _SIDE // _STRIDE
+    names = np.full((places, places), _NAMES.index("ground"))
+    edges = np.zeros((places, places, 4), np.float32)
+    unit = _SIDE / UNITS
+    taken: list[tuple[float, ...]] = []
+    for _ in range(3):
+        side = math.exp(rng.uniform(*np.log(_SIZES))) / unit
+        left, top = rng.uniform(0, UNITS - side, 2)
+        box = (left, top, left + side, top + side)
+        if any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
+            continue
+        taken.append(box)
+        if rng.random() < 0.5:
+            name = int(rng.integers(len(COLORS) * len(SHAPES)))
+            draw_thing(picture, Thing(*_NAMES[name], box), unit)
+        else:
+            digit, handwriting = int(rng.integers(10)), int(rng.integers(2**31))
+            name = _NAMES.index(digit)
+            draw_sign(picture, Sign(digit, box, handwriting if rng.random() < 0.5 else None), unit, "train")
+        in_strides = np.array(box) * unit / _STRIDE
+        first_column, first_row, last_column, last_row = in_strides.round().astype(int)
+        for row in range(first_row, last_row):
+            for column in range(first_column, last_column):
+                names[row, column] = name
+                edges[row, column] = in_strides - np.array([column, row, column, row]) - 0.5
+    return np.asarray(picture), names, edges
+
+
+def _texts(world: World, scenes: int) -> Iterator[str]:
+    """Everything that is said, first and later in a conversation: with a line break or a blank before the question."""
+    rng = np.random.default_rng(0)
+    for scene in islice(world.scenes("train", seed=0), scenes):
+        for question, answer in conversation(scene, rng, 0.5):
+            yield f"USER: {text_picture(scene)}\n{question} ASSISTANT: {answer}"
+            yield f"USER: {question} ASSISTANT: {answer}"
+
+
+def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of conversations about text pictures, with the loss on the answers alone.
+
+    Returns:
+        Endlessly `input_ids`, `attention_mask` and `labels`, (size, positions).
+    """
+    encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
+    scenes, rng = world.scenes("train", [seed, 1]), np.random.default_rng([seed, 200])
+    while True:
+        samples = [_text_sample(scene, rng, tokenizer, encode) for scene in islice(scenes, size)]
+        yield _padded(samples, tokenizer.pad_token_id)
+
+
+def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[tuple[int, int]]:
+    """Token and label of every position of one conversation, tokenized as the chat template writes it."""
+    sample = [(tokenizer.bos_token_id, -100)]
+    picture = [token for word in text_picture(scene).split() for token in encode(f" {word}")] + encode("\n")
+    for question, answer in conversation(scene, rng, _CAPTION_SHARE):
+        asked = encode("USER:") + (picture + encode(question) if picture else encode(f" {question}"))
+        sample += [(token, -100) for token in asked + encode(" ASSISTANT:")]
+        sample += [(token, token) for token in [*encode(f" {answer}"), tokenizer.eos_token_id]]
+        picture = []
+    return sample
+
+
+def _padded(samples: list[list[tuple[int, int]]], pad: int) -> dict[str, torch.Tensor]:
+    longest = max(map(len, samples))
+    filled = torch.tensor([sample + [(pad, -100)] * (longest - len(sample)) for sample in samples])
+    lengths = torch.tensor([len(sample) for sample in samples])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": filled[..., 0], "attention_mask": mask, "labels": filled[..., 1]}
+
+
+def _fit(parameters: list[nn.Parameter], loss_of_step: Callable, steps: int, rate: float, on_step: OnStep | None):
+    """AdamW with warm-up and cosine decay, in bfloat16 where it saves time."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    warmup = max(5, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 1) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(1, step / steps)))),
+    )
+    for step in count(1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of_step()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if on_step:
+            on_step(step, steps, loss.item())
+        if step == steps:
+            return

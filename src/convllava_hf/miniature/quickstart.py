@@ -1,0 +1,299 @@
+"""`convllava quickstart`: a ConvLLaVA's whole life on any machine, from nothing to scores."""
+
+import functools
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from .language import KINDS
+from .progress import Line, ShowTraining, logs_to
+from .steps import Run, run_jobs, write_json
+from .world import World
+
+
+SIDE = 256  # pixels: 4 x 4 visual tokens at stride 64
+EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
+# What is said about the scenes of a stage: the share of captions. The rest are questions.
+CAPTION_SHARES = {"stage1": 1.0, "stage2": 0.15, "stage3": 0.0}
+TITLES = {
+    "vision tower": "stage 0: vision tower",
+    "language model": "stage 0: language model",
+    "data": "drawing scenes",
+    "stage 1": "stage 1: projector",
+    "stage 2": "stage 2: pretraining",
+    "stage 3": "stage 3: instructions",
+    "evaluation": "asking about new scenes",
+}
+_SAMPLES = 12
+_PACKAGES = ("convllava-hf", "torch", "transformers", "trl", "datasets", "scikit-learn", "pillow")
+
+Emit = Callable[[tuple[int, int, float | None]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Args:
+        tower_steps, language_steps: of stage 0.
+        stage1_scenes, stage2_scenes, stage3_scenes: training samples of the three stages, each seen once.
+        test_scenes: that are asked about in the end, at most one question of each kind each.
+    """
+
+    tower_steps: int = 1600
+    language_steps: int = 1800
+    stage1_scenes: int = 4800
+    stage2_scenes: int = 27200
+    stage3_scenes: int = 1600
+    test_scenes: int = 600
+
+
+def open_run(folder: str | Path, *, seed: int = 0, plan: Plan | None = None) -> Run:
+    """A quickstart's folder: a new one, or that of a run which was interrupted.
+
+    Args:
+        folder: gets `model`, `results.json`, `samples` and what led to them.
+        seed: of all that is drawn: weights, scenes, questions.
+
+    Raises:
+        ConvLlavaError: the folder holds something else.
+    """
+    return Run(Path(folder), {"seed": seed, **asdict(plan or Plan())})
+
+
+def quickstart(run: Run) -> dict[str, Any]:
+    """Makes, trains and judges a miniature ConvLLaVA, as far as the run has not come yet.
+
+    Returns:
+        What is in `results.json`.
+    """
+    settings = dict(run.record["settings"])
+    seed, plan = settings.pop("seed"), Plan(**settings)
+    with logs_to(run.folder / "quickstart.log"), run.clock("total"):
+        prepare(run, seed, plan)
+        assemble_model(run, run.folder / "assembled", seed=seed)
+        train_stage(run, 1, start=run.folder / "assembled", output=run.folder / "stage1", seed=seed)
+        train_stage(run, 2, start=run.folder / "stage1", output=run.folder / "stage2", seed=seed)
+        train_stage(run, 3, start=run.folder / "stage2", output=run.folder / "model", seed=seed)
+        judge(run, run.folder / "model", seed=seed, scenes=plan.test_scenes)
+    results = {
+        "seed": seed,
+        "scenes": plan.test_scenes,
+        **run.record["results"]["evaluation"],
+        "seconds": run.record["seconds"],
+        "losses": run.record["losses"],
+        "versions": versions(),
+        "machine": machine(),
+    }
+    write_json(run.folder / "results.json", results)
+    return results
+
+
+def prepare(run: Run, seed: int, plan: Plan) -> None:
+    """Stage 0 and the training data, none of which needs the others, at the same time."""
+    stage0 = run.folder / "stage0"
+    jobs = {
+        "vision tower": functools.partial(_train_tower, stage0 / "vision_tower", plan.tower_steps, seed),
+        "language model": functools.partial(
+            _train_language_model, stage0 / "language_model", plan.language_steps, seed
+        ),
+        "data": functools.partial(_draw_data, run.folder / "data", plan, seed),
+    }
+    jobs = {name: job for name, job in jobs.items() if not run.is_done(name)}
+    losses: dict[str, list[list[float]]] = {name: [] for name in jobs}
+    lines: dict[str, Line] = {}
+
+    def on_event(name: str, event: tuple[int, int, float | None] | None) -> None:
+        if event is None:
+            lines[name].close()
+            run.add_seconds(name, lines[name].seconds)
+            if losses[name]:
+                run.set_losses(name, losses[name])
+            run.finish(name)
+            return
+        if name not in lines:
+            lines[name] = Line(TITLES[name], position=len(lines), unit="scene" if name == "data" else "step")
+        done, total, loss = event
+        lines[name].update(done, total, loss)
+        if loss is not None:
+            losses[name].append([done, round(loss, 4)])
+
+    try:
+        run_jobs(jobs, on_event, at_once=os.cpu_count() or 1)
+    finally:
+        for line in lines.values():
+            line.bar.close()
+
+
+def assemble_model(run: Run, output: Path, *, seed: int, side: int = SIDE, name: str = "assemble") -> None:
+    """The tower with a fresh stage, a fresh projector and the language model, as one checkpoint."""
+    if run.is_done(name):
+        return
+    from ..convert import assemble
+
+    with run.step(name):
+        assemble(
+            output,
+            vision=run.folder / "stage0" / "vision_tower",
+            text=run.folder / "stage0" / "language_model",
+            resolution=side,
+            extra_stage_depth=EXTRA_STAGE_DEPTH,
+            extra_stage_width=EXTRA_STAGE_WIDTH,
+            seed=seed,
+            overwrite=True,
+            progress=False,
+        )
+
+
+def train_stage(
+    run: Run,
+    stage: int,
+    *,
+    start: Path,
+    output: Path,
+    seed: int,
+    name: str | None = None,
+    options: Sequence[str] = (),
+) -> None:
+    """Runs one of the recipes in `recipes/miniature`, as `convllava train` does.
+
+    Args:
+        start, output: checkpoints before and after.
+        name: of the step, if it is not the stage's.
+        options: more of the command line, over the recipe.
+    """
+    name = name or f"stage {stage}"
+    if run.is_done(name):
+        return
+    from ..train import main
+
+    recipe = resources.files("convllava_hf.miniature.recipes") / f"stage{stage}.yaml"
+    with resources.as_file(recipe) as path, run.step(name), Line(TITLES.get(name, name)) as line:
+        data = run.folder / "data" / f"stage{stage}"
+        arguments = ["--config", path, "--model_name_or_path", start, "--output_dir", output, "--dataset_name", data]
+        arguments += ["--seed", seed, "--disable_tqdm", "true", "--resume_from_checkpoint", "true", *options]
+        trainer = main([str(argument) for argument in arguments], callbacks=[ShowTraining(line)])
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        run.set_losses(name, [[row["step"], row["loss"]] for row in rows])
+        for checkpoint in output.glob("checkpoint-*"):  # only to go on from
+            shutil.rmtree(checkpoint)
+
+
+def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
+    """Loads a checkpoint as anyone would, and asks it about scenes that it has not seen."""
+    if run.is_done("evaluation"):
+        return
+    from transformers import AutoProcessor
+
+    from .. import AutoModelForVision2Seq
+    from .scoring import ask_about_scenes, score
+
+    with run.step("evaluation"), Line(TITLES["evaluation"], unit="question") as line:
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        model = AutoModelForVision2Seq.from_pretrained(checkpoint).eval()
+        answered = ask_about_scenes(
+            model, processor, World(), scenes=scenes, seed=seed, side=SIDE, on_step=line.update
+        )
+        tokens = processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0]
+        shape = {"parameters": _parameters(model), "resolution": SIDE, "visual_tokens": tokens}
+        samples = _save_samples(answered, run.folder)
+        run.keep("evaluation", {**score(answered), "model": shape, "samples": samples})
+
+
+def machine() -> str:
+    """What the figures were measured on: the processor's name and the number of cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that training depends on."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def _train_tower(folder: Path, steps: int, seed: int, emit: Emit) -> None:
+    _one_thread()
+    from .pretraining import train_tower
+
+    train_tower(folder, steps=steps, seed=seed, on_step=lambda *event: emit(event))
+
+
+def _train_language_model(folder: Path, steps: int, seed: int, emit: Emit) -> None:
+    _one_thread()
+    from .pretraining import train_language_model
+
+    train_language_model(folder, steps=steps, seed=seed, on_step=lambda *event: emit(event))
+
+
+def _one_thread() -> None:
+    """One core for a job: the jobs share the machine, and steps this small gain little from more."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+def _draw_data(folder: Path, plan: Plan, seed: int, emit: Emit) -> None:
+    from .samples import write_samples
+
+    sizes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
+    total, done = sum(sizes.values()), 0
+    for number, (stage, size) in enumerate(sizes.items(), start=1):
+        write_samples(
+            folder / stage,
+            World(),
+            size=size,
+            seed=[seed, number],
+            caption_share=CAPTION_SHARES[stage],
+            side=SIDE,
+            on_scene=lambda drawn, before=done: emit((before + drawn, total, None)),
+        )
+        done += size
+
+
+def _parameters(model) -> dict[str, int]:
+    parts = {
+        "vision tower": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language model": model.model.language_model,
+        "head": model.lm_head,
+    }
+    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+
+
+def _save_samples(answered, folder: Path) -> list[dict[str, Any]]:
+    """Two questions of each kind with their pictures, from scenes in order: wrong answers are among them."""
+    from .drawing import draw
+
+    each = _SAMPLES // len(KINDS)
+    chosen = []
+    for number, kind in enumerate(KINDS):
+        rows = [row for row in answered if row.question.kind == kind]
+        chosen += rows[number * each : (number + 1) * each] or rows[:each]
+    (folder / "samples").mkdir(exist_ok=True)
+    samples = []
+    for number, row in enumerate(chosen):
+        name = f"samples/{number:02}.png"
+        draw(row.scene, SIDE).save(folder / name)
+        samples.append(
+            {
+                "picture": name,
+                "kind": row.question.kind,
+                "question": row.question.text,
+                "answer": row.answer,
+                "truth": row.question.answer,
+                "blind": row.blind,
+                "correct": row.correct,
+            }
+        )
+    return samples

@@ -1,0 +1,202 @@
+"""The paper's findings in miniature: what was measured beside what the paper reports, as Markdown and as a picture."""
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from .report_figure import figure_style, png
+from .report_parts import COLORS, amount, duration, missing, plain, share, versions_text, write_whole
+
+
+_ARM_COLORS = (COLORS["chance"], COLORS["accuracy"], COLORS["blind"], "#0369a1", COLORS["right"])
+_COMMAND = "convllava quickstart --findings"
+
+
+def write_findings(findings: Mapping[str, Any], folder: Path) -> Path:
+    """Writes `README.md`, the tables, and `findings.png`.
+
+    Args:
+        findings: what `findings.json` holds.
+        folder: made if it is not there.
+
+    Returns:
+        The README.
+
+    Raises:
+        ConvLlavaError: matplotlib is not installed; the README is written even then.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    readme = write_whole(folder / "README.md", findings_text(findings).encode())
+    write_whole(folder / "findings.png", findings_figure(findings))
+    return readme
+
+
+def findings_text(findings: Mapping[str, Any]) -> str:
+    """The findings as Markdown."""
+    arms, seeds = findings["arms"], findings["seeds"]
+    titles = " ".join(f"{plain(finding['title'])}." for finding in findings["findings"])
+    parts = [
+        "# The paper's findings in miniature",
+        _wrapped(
+            "Small models, trained from nothing in a synthetic world and asked about "
+            f"{findings['scenes']} unseen scenes, once for each seed ({', '.join(map(str, seeds))}). The arms of a "
+            "finding differ in one thing only and see the same training scenes in the same order. A figure is the "
+            "mean over seeds, with the smallest and the largest behind it. The paper's figures stand beside it for "
+            "their direction: its models are thousands of times as large and its benchmarks are others, so that no "
+            "more than sign and order can agree."
+        ),
+        f"![{titles} Accuracy by seed beside the paper's benchmarks.](findings.png)",
+    ]
+    for finding in findings["findings"]:
+        parts += [f"## {plain(finding['title'])}", _wrapped(finding["question"]), _finding_table(finding, arms)]
+        parts += [_wrapped(f"The paper's figures: {finding['paper']['source']}."), _wrapped(finding["conclusion"])]
+    parts += ["## What each arm cost", _cost_table(arms)]
+    parts += ["## Every kind of question", _kinds_table(arms)]
+    parts += [
+        "## How it was made",
+        f"```bash\n{_COMMAND}\n```",
+        _wrapped(
+            f"It took {duration(findings['seconds'])} on {findings['machine']}, with "
+            f"{versions_text(findings['versions'])}. `findings.json` holds every run."
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _finding_table(finding: Mapping, arms: Mapping[str, Mapping]) -> str:
+    kinds, paper = finding["kinds"], finding["paper"]
+    head = ["arm", "px", "tokens", *kinds, *(f"paper: {column}" for column in paper["columns"])]
+    rows = []
+    for name in finding["arms"]:
+        arm = arms[name]
+        measured = [_spread(_of_kind(arm, kind).values(), share) for kind in kinds]
+        published = [_published(value) for value in paper["rows"].get(name) or [None] * len(paper["columns"])]
+        rows.append([arm["label"], arm["resolution"], arm["visual_tokens"], *measured, *published])
+    if len(finding["arms"]) == 2:
+        rows.append(_difference_row(finding, arms))
+    return _table(head, rows, texts=1)
+
+
+def _difference_row(finding: Mapping, arms: Mapping[str, Mapping]) -> list[str]:
+    """The second arm less the first, seed by seed: what seeds have in common falls out."""
+    first, second = finding["arms"]
+    measured = []
+    for kind in finding["kinds"]:
+        before, after = _of_kind(arms[first], kind), _of_kind(arms[second], kind)
+        measured.append(_spread([after[seed] - before[seed] for seed in after if seed in before], _signed))
+    rows = finding["paper"]["rows"]
+    published = [
+        "–" if one is None or other is None else f"{other - one:+.1f}"
+        for one, other in zip(rows.get(first) or [], rows.get(second) or [], strict=False)
+    ]
+    published += ["–"] * (len(finding["paper"]["columns"]) - len(published))
+    return ["difference, by seed", "", "", *measured, *published]
+
+
+def _cost_table(arms: Mapping[str, Mapping]) -> str:
+    head = ["arm", "px", "stages", "visual tokens", "tower's operations a picture", "time a run"]
+    rows = [
+        [
+            arm["label"],
+            arm["resolution"],
+            arm["stages"],
+            arm["visual_tokens"],
+            amount(arm["operations_per_picture"]),
+            _spread([run["seconds"] for run in arm["runs"]], duration),
+        ]
+        for arm in arms.values()
+    ]
+    return _table(head, rows, texts=1)
+
+
+def _kinds_table(arms: Mapping[str, Mapping]) -> str:
+    kinds = list(dict.fromkeys(kind for arm in arms.values() for run in arm["runs"] for kind in run["accuracy"]))
+    rows = [[arm["label"], *(_spread(_of_kind(arm, kind).values(), share) for kind in kinds)] for arm in arms.values()]
+    return _table(["arm", *kinds], rows, texts=1)
+
+
+def _of_kind(arm: Mapping, kind: str) -> dict[int, float]:
+    """Accuracy by seed, of the runs that have one."""
+    found = {run["seed"]: run["accuracy"].get(kind) for run in arm["runs"]}
+    return {seed: value for seed, value in found.items() if not missing(value)}
+
+
+def _spread(values, text: Callable[[float], str]) -> str:
+    """Mean, smallest and largest."""
+    values = list(values)
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return text(values[0])
+    return f"{text(mean(values))} ({text(min(values))} to {text(max(values))})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def _published(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(plain(text), 119, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(head: Sequence[object], rows: Sequence[Sequence[object]], texts: int) -> str:
+    """A Markdown table whose first `texts` columns are words and the others figures."""
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    lines = [[plain(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
+
+
+def findings_figure(findings: Mapping[str, Any]) -> bytes:
+    """The figure as a PNG file: a row for each finding, what was measured left and the paper's figures right."""
+    found = findings["findings"]
+    title, row = 0.9, 2.8  # inches
+    with figure_style() as figure_class:
+        figure = figure_class(figsize=(13, title + row * len(found)))
+        heights = [title, *[row] * len(found)]
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0, squeeze=False)[:, 0]
+        parts[0].text(0.04, 0.62, "The paper’s findings in miniature", fontsize=20, fontweight="bold", va="center")
+        note = f"a dot is one seed of {len(findings['seeds'])}, a line their mean; {findings['scenes']} unseen scenes"
+        parts[0].text(0.04, 0.14, note, fontsize=9.5, color=COLORS["soft"], va="center")
+        for part, finding in zip(parts[1:], found, strict=True):
+            _draw_finding(part, finding, findings["arms"])
+        return png(figure)
+
+
+def _draw_finding(part, finding: Mapping, arms: Mapping[str, Mapping]) -> None:
+    paper, names = finding["paper"], finding["arms"]
+    ours = part.add_axes((0.04, 0.14, 0.44, 0.60))
+    theirs = part.add_axes((0.55, 0.14, 0.42, 0.60))
+    step = 0.7 / len(names)
+    for index, name in enumerate(names):
+        offset, color = (index - (len(names) - 1) / 2) * step, _ARM_COLORS[index % len(_ARM_COLORS)]
+        for place, kind in enumerate(finding["kinds"]):
+            values = list(_of_kind(arms[name], kind).values())
+            if values:
+                x, middle = place + offset, mean(values)
+                apart = [x + (seed - (len(values) - 1) / 2) * step * 0.2 for seed in range(len(values))]
+                ours.plot(apart, values, "o", color=color, markersize=6, alpha=0.75, markeredgewidth=0)
+                ours.hlines(middle, x - step * 0.36, x + step * 0.36, color=color, linewidth=2.5)
+                ours.text(x, max(values) + 0.035, share(middle), ha="center", color=color, fontsize=8.5)
+        for place, value in enumerate(paper["rows"].get(name) or []):
+            if value is not None:
+                theirs.bar(place + offset, value, step * 0.88, color=color)
+                theirs.text(place + offset, value + 1.5, _published(value), ha="center", color=color, fontsize=8.5)
+        ours.plot([], [], "o-", color=color, label=plain(arms[name]["label"]).replace("$", r"\$"))
+    ours.set_xticks(range(len(finding["kinds"])), finding["kinds"], fontsize=10, color=COLORS["ink"])
+    middle, half = (len(finding["kinds"]) - 1) / 2, max(len(finding["kinds"]), 3) / 2 + 0.1
+    ours.set(ylim=(0, 1.12), xlim=(middle - half, middle + half), yticks=[0, 0.25, 0.5, 0.75, 1])
+    theirs.set_xticks(range(len(paper["columns"])), paper["columns"], fontsize=10, color=COLORS["ink"])
+    theirs.set(ylim=(0, 100), xlim=(-0.6, len(paper["columns"]) - 0.4), yticks=[0, 25, 50, 75, 100])
+    for axis, title in ((ours, "in miniature: accuracy"), (theirs, f"in the paper: {plain(paper['source'])}")):
+        axis.grid(axis="y")
+        axis.tick_params(length=0)
+        axis.set_title(title, fontsize=9.5, fontweight="normal", color=COLORS["soft"], parse_math=False)
+    part.text(0.04, 0.91, plain(finding["title"]), fontsize=13, fontweight="bold", va="center", parse_math=False)
+    part.legend(*ours.get_legend_handles_labels(), loc="center right", bbox_to_anchor=(0.975, 0.91), ncols=len(names))

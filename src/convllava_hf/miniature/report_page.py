@@ -1,0 +1,362 @@
+"""The report as a page: HTML with everything in it, nothing from elsewhere and no script."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from html import escape as _escape
+from typing import Any
+
+from .report_parts import (
+    COLORS,
+    KIND_NOTES,
+    LOSS_TICKS,
+    STEP_NOTES,
+    Curve,
+    amount,
+    boxes,
+    curves,
+    duration,
+    loss_limits,
+    missing,
+    overlap,
+    plain,
+    share,
+    versions_text,
+)
+
+
+_PLOT = {"left": 30, "top": 8, "right": 250, "bottom": 112, "width": 260, "height": 132}  # of a loss curve
+_CURVED = ("vision tower", "language model", "stage 1", "stage 2", "stage 3")  # explained under their curves
+
+_STYLE = """
+:root { color-scheme: light; --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --panel: #f8fafc;
+  --accuracy: #c2410c; --chance: #475569; --blind: #6d28d9; --right: #15803d; --wrong: #be123c; }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+body { margin: 0; background: #ffffff; color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", Helvetica, Arial, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 3rem; }
+h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .6rem; letter-spacing: -.02em; }
+h2 { font-size: 1.3rem; line-height: 1.25; margin: 3rem 0 .4rem; letter-spacing: -.01em; }
+h3 { font-size: 1rem; margin: 0; }
+p { margin: 0 0 .8rem; max-width: 46rem; }
+.lead { font-size: 1.08rem; }
+.soft, small, figcaption { color: var(--soft); }
+small { font-size: .85rem; font-weight: 400; }
+code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .9rem; }
+.facts { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1px; margin: 1.5rem 0 0;
+  background: var(--line); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
+.facts div { background: var(--panel); padding: .7rem .9rem; }
+.facts dt { font-size: .82rem; color: var(--soft); }
+.facts dd { margin: 0; font-weight: 650; font-size: 1.08rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .6rem 0 .6rem .9rem; vertical-align: top; font-weight: 400; }
+th:first-child { text-align: left; padding-left: 0; width: 62%; }
+thead th { color: var(--soft); font-size: .85rem; padding-bottom: .3rem; white-space: nowrap; }
+tbody tr { border-top: 1px solid var(--line); }
+tbody th { font-weight: 650; }
+td.accuracy { font-weight: 700; color: var(--accuracy); font-size: 1.1rem; line-height: 1.36; }
+.track { position: relative; height: .8rem; margin: .5rem 0 .25rem; background: #f1f5f9; border-radius: .2rem; }
+.fill { height: 100%; background: var(--accuracy); border-radius: .2rem; }
+.mark { position: absolute; height: .65rem; width: 5px; margin-left: -2px; border-radius: 1px;
+  box-shadow: 0 0 0 1.5px #ffffff; }
+.mark.chance { top: -.28rem; background: var(--chance); }
+.mark.blind { bottom: -.28rem; background: var(--blind); }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0 0 .8rem; padding: 0; list-style: none;
+  font-size: .9rem; color: var(--soft); }
+.legend i { display: inline-block; margin-right: .45rem; vertical-align: -.1em; height: .95em; width: 4px;
+  border-radius: 1px; }
+.legend i.accuracy { background: var(--accuracy); width: 1.5em; height: .7em; vertical-align: 0; }
+.legend i.chance { background: var(--chance); }
+.legend i.blind { background: var(--blind); }
+.legend i.box { background: none; width: 1.2em; height: .95em; border: 2px solid var(--ink); }
+.legend i.truth { border-style: dashed; }
+.grid { display: grid; gap: 1rem; margin-top: 1rem; }
+.samples { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.curves { grid-template-columns: repeat(auto-fill, minmax(16.5rem, 1fr)); }
+figure, .card { margin: 0; border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
+.picture { position: relative; aspect-ratio: 1; background: #f1f5f9; }
+.picture img, .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; display: block; }
+.words { padding: .65rem .75rem .8rem; }
+.words h3 { display: flex; justify-content: space-between; gap: .5rem; font-size: .82rem; font-weight: 400;
+  color: var(--soft); margin-bottom: .15rem; }
+.right { color: var(--right); font-weight: 650; }
+.wrong { color: var(--wrong); font-weight: 650; }
+.question { font-weight: 650; line-height: 1.35; margin-bottom: .5rem; }
+.words dl { display: grid; grid-template-columns: auto 1fr; gap: .05rem .5rem; margin: 0; font-size: .8rem;
+  font-variant-numeric: tabular-nums; }
+.words dt { color: var(--soft); }
+.words dd { margin: 0; overflow-wrap: anywhere; }
+pre { margin: 1rem 0; padding: .9rem 1rem; overflow-x: auto; background: var(--panel); border: 1px solid var(--line);
+  border-left: .3rem solid var(--accuracy); border-radius: .4rem; line-height: 1.8; }
+.curve { padding: .8rem .9rem .5rem; }
+.curve svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
+.curve p { font-size: .85rem; line-height: 1.4; min-height: 2.6rem; margin: 0; }
+.curve h3 { display: flex; justify-content: space-between; gap: .5rem; }
+.curve b { font-size: .9rem; color: var(--accuracy); font-variant-numeric: tabular-nums; }
+.times th:first-child { width: auto; }
+.times td { white-space: nowrap; }
+.times .fill { background: #94a3b8; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .88rem;
+  color: var(--soft); }
+@media (max-width: 34rem) {
+  main { padding: 1.5rem 1rem 2rem; }
+  h1 { font-size: 1.6rem; }
+  .facts { grid-template-columns: 1fr 1fr; }
+  th:first-child { width: auto; }
+  th, td { padding-left: .6rem; }
+  .samples { grid-template-columns: 1fr; gap: .7rem; }
+  .card { display: grid; grid-template-columns: 34% 1fr; background: var(--panel); }
+  .picture { align-self: start; }
+  .words { padding: .5rem .7rem .6rem; }
+  .question { font-size: .95rem; margin-bottom: .25rem; }
+  .words dl { font-size: .75rem; }
+  tbody th small { display: block; }
+  .curve p { min-height: 0; }
+}
+@media print { .card, figure, tr { break-inside: avoid; } main { max-width: none; padding: 0; } }
+"""
+
+
+def report_page(results: Mapping[str, Any], pictures: Sequence[bytes], commands: Sequence[str]) -> str:
+    """The page as HTML.
+
+    Args:
+        results: what `results.json` holds.
+        pictures: PNG files, one for each of `results["samples"]`.
+        commands: the next ones to type.
+    """
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="generator" content="convllava quickstart">',
+        "<title>ConvLLaVA in miniature: report of a quickstart</title>",
+        f"<style>{_STYLE}</style>",
+        "</head>",
+        "<body>",
+        "<main>",
+        *_header(results),
+        *_accuracies(results),
+        *_samples(results["samples"], pictures),
+        *_commands(commands),
+        *_losses(results["losses"]),
+        *_times(results["seconds"]),
+        *_footer(results),
+        "</main>",
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _html(text: object) -> str:
+    return _escape(plain(text))
+
+
+def _header(results: Mapping[str, Any]) -> list[str]:
+    model = results["model"]
+    parameters = model["parameters"]
+    facts = {
+        "seconds": ("trained and judged in", duration(results["seconds"]["total"])),
+        "machine": ("machine", results["machine"]),
+        **{name: (name, f"{amount(number)} parameters") for name, number in parameters.items()},
+        "picture": ("a picture", f"{model['resolution']} px, {model['visual_tokens']} tokens"),
+        "scenes": ("judged on", f"{results['scenes']} unseen scenes"),
+        "seed": ("seed", results["seed"]),
+    }
+    return [
+        "<header>",
+        "<h1>ConvLLaVA in miniature</h1>",
+        '<p class="lead">A ConvNeXt of five stages and a small Llama, trained from nothing and through the three '
+        f"stages of the paper, then asked about {_html(results['scenes'])} scenes that they had never seen. No "
+        "weights were downloaded.</p>",
+        '<dl class="facts">',
+        *(f"<div><dt>{_html(name)}</dt><dd>{_html(value)}</dd></div>" for name, value in facts.values()),
+        "</dl>",
+        "</header>",
+    ]
+
+
+def _accuracies(results: Mapping[str, Any]) -> list[str]:
+    asked = [number for number in results["questions"].values() if number]
+    lines = [
+        "<section>",
+        "<h2>How often it is right</h2>",
+        "<p>Share of questions answered rightly. A box is right if it overlaps the true one by half (intersection "
+        "over union)."
+        + (f" Of {min(asked)} answers, a share is known to within ±{1 / math.sqrt(min(asked)):.2f}." if asked else "")
+        + "</p>",
+        '<ul class="legend">',
+        '<li><i class="accuracy"></i>accuracy</li>',
+        '<li><i class="chance"></i>chance (upper mark): the best constant answer</li>',
+        '<li><i class="blind"></i>blind (lower mark): shown another scene’s picture</li>',
+        "</ul>",
+        "<table>",
+        '<thead><tr><th scope="col">question</th><th scope="col">accuracy</th><th scope="col">chance</th>'
+        '<th scope="col">blind</th></tr></thead>',
+        "<tbody>",
+    ]
+    for kind, accuracy in results["accuracy"].items():
+        marks = "".join(
+            f'<span class="mark {name}" style="left:{100 * results[name][kind]:.1f}%"></span>'
+            for name in ("chance", "blind")
+            if not missing(results[name][kind])
+        )
+        width = 0 if missing(accuracy) else 100 * accuracy
+        note = f" <small>{_html(KIND_NOTES[kind])}</small>" if kind in KIND_NOTES else ""
+        lines.append(
+            f'<tr><th scope="row">{_html(kind)}{note}'
+            f'<div class="track" aria-hidden="true"><div class="fill" style="width:{width:.1f}%"></div>'
+            f"{marks}</div></th>"
+            f'<td class="accuracy">{share(accuracy)}</td><td>{share(results["chance"][kind])}</td>'
+            f"<td>{share(results['blind'][kind])}</td></tr>"
+        )
+    return [*lines, "</tbody>", "</table>", "</section>"]
+
+
+def _samples(samples: Sequence[Mapping], pictures: Sequence[bytes]) -> list[str]:
+    if not samples:
+        return []
+    lines = ["<section>", "<h2>What it saw and said</h2>"]
+    if any(map(boxes, samples)):
+        lines += [
+            '<ul class="legend">',
+            '<li><i class="box"></i>box answered</li>',
+            '<li><i class="box truth"></i>true box</li>',
+            "</ul>",
+        ]
+    cards = (_sample(sample, picture) for sample, picture in zip(samples, pictures, strict=True))
+    return [*lines, '<div class="grid samples">', *cards, "</div>", "</section>"]
+
+
+def _sample(sample: Mapping, picture: bytes) -> str:
+    verdict = "right" if sample["correct"] else "wrong"
+    shared = overlap(sample)
+    rows = "".join(
+        f"<dt>{key}</dt><dd{style}>{_html(plain(sample[key], 120)) or '(nothing)'}</dd>"
+        for key, style in (("answer", f' class="{verdict}"'), ("truth", ""), ("blind", ""))
+    )
+    if shared is not None:
+        rows += f"<dt>overlap</dt><dd>{shared:.2f}</dd>"
+    return (
+        '<article class="card"><div class="picture">'
+        f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" width="256" height="256" '
+        f'alt="The scene that is asked about: {_html(sample["question"])}">{_overlay(sample)}</div>'
+        f'<div class="words"><h3><span>{_html(sample["kind"])}</span>'
+        f'<span class="{verdict}">{"✓" if sample["correct"] else "✗"} {verdict}</span></h3>'
+        f'<p class="question">{_html(sample["question"])}</p><dl>{rows}</dl></div></article>'
+    )
+
+
+def _overlay(sample: Mapping) -> str:
+    """The boxes over a picture: each line on a broader white one, so that it shows on every colour."""
+    found = boxes(sample)
+    if not found:
+        return ""
+    lines = []
+    for name, (left, top, width, height) in found:
+        place = f'x="{256 * left:.1f}" y="{256 * top:.1f}" width="{256 * width:.1f}" height="{256 * height:.1f}"'
+        dashes = ' stroke-dasharray="7 5"' if name == "truth" else ""
+        lines.append(f'<rect {place} stroke="#ffffff" stroke-width="5"/>')
+        lines.append(f'<rect class="{name}" {place} stroke="{COLORS["ink"]}" stroke-width="2.5"{dashes}/>')
+    return f'<svg viewBox="0 0 256 256" fill="none" aria-hidden="true">{"".join(lines)}</svg>'
+
+
+def _commands(commands: Sequence[str]) -> list[str]:
+    if not commands:
+        return []
+    typed = "\n".join(_escape(command) for command in commands)
+    return ["<section>", "<h2>Ask it yourself</h2>", f"<pre><code>{typed}</code></pre>", "</section>"]
+
+
+def _losses(losses: Mapping[str, Any]) -> list[str]:
+    drawn, lost = curves(losses)
+    low, high = loss_limits(drawn)
+    lines = [
+        "<section>",
+        "<h2>How it learnt</h2>",
+        "<p>Cross-entropy over steps of training: of names for the vision tower, of the words of answers everywhere "
+        "else. The axes are logarithmic and alike.</p>",
+        '<div class="grid curves">',
+    ]
+    for name, curve in drawn.items():
+        last = f"<b>{curve[-1][1]:.3g}</b>" if curve else ""
+        note = _html(STEP_NOTES.get(name, ""))
+        if lost[name]:
+            note += f" <b>{lost[name]} of its losses were not finite.</b>"
+        chart = _chart(name, curve, low, high) if curve else '<p class="soft">No loss was recorded.</p>'
+        lines.append(
+            f'<figure class="curve"><h3>{_html(name)}{last}</h3>{chart}<figcaption><p>{note}</p></figcaption></figure>'
+        )
+    return [*lines, "</div>", "</section>"]
+
+
+def _chart(name: str, curve: Curve, low: float, high: float) -> str:
+    plot = _PLOT
+    last = max(step for step, _ in curve) or 1
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        height = (math.log(high) - math.log(loss)) / (math.log(high) - math.log(low))
+        x = plot["left"] + step / last * (plot["right"] - plot["left"])
+        return round(x, 1), round(plot["top"] + height * (plot["bottom"] - plot["top"]), 1)
+
+    shapes = []
+    for tick in LOSS_TICKS:
+        if low <= tick <= high:
+            y = place(0, tick)[1]
+            shapes.append(
+                f'<path d="M{plot["left"]} {y}H{plot["right"]}" stroke="{COLORS["line"]}" stroke-width="0.7"/>'
+            )
+            shapes.append(f'<text x="{plot["left"] - 5}" y="{y + 3.2}" text-anchor="end">{tick:g}</text>')
+    below = plot["bottom"] + 14
+    shapes.append(f'<text x="{plot["left"]}" y="{below}">0</text>')
+    shapes.append(f'<text x="{plot["right"]}" y="{below}" text-anchor="end">{last:.0f} steps</text>')
+    points = [place(step, loss) for step, loss in curve]
+    path = " ".join(f"{x},{y}" for x, y in points)
+    color = COLORS["accuracy"]
+    shapes.append(
+        f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round"/>'
+    )
+    shapes.append(f'<circle cx="{points[-1][0]}" cy="{points[-1][1]}" r="2.8" fill="{color}"/>')
+    label = f"Loss of {name}: {curve[0][1]:.3g} at first, {curve[-1][1]:.3g} at last"
+    return (
+        f'<svg viewBox="0 0 {plot["width"]} {plot["height"]}" role="img" aria-label="{_html(label)}" '
+        f'font-size="9.5" fill="{COLORS["soft"]}">{"".join(shapes)}</svg>'
+    )
+
+
+def _times(seconds: Mapping[str, float]) -> list[str]:
+    steps = {name: value for name, value in seconds.items() if name != "total"}
+    longest = max(steps.values(), default=0) or 1
+    lines = [
+        "<section>",
+        "<h2>Where the time went</h2>",
+        '<table class="times">',
+        '<thead><tr><th scope="col">step</th><th scope="col">time</th></tr></thead>',
+        "<tbody>",
+    ]
+    for name, value in steps.items():
+        note = f" <small>{_html(STEP_NOTES[name])}</small>" if name in STEP_NOTES and name not in _CURVED else ""
+        lines.append(
+            f'<tr><th scope="row">{_html(name)}{note}<div class="track" aria-hidden="true">'
+            f'<div class="fill" style="width:{100 * value / longest:.1f}%"></div></div></th>'
+            f"<td>{duration(value)}</td></tr>"
+        )
+    note = ""
+    if sum(steps.values()) > 1.02 * seconds["total"]:
+        note = " <small>Some steps ran side by side.</small>"
+    lines.append(f'<tr><th scope="row">total{note}</th><td><b>{duration(seconds["total"])}</b></td></tr>')
+    return [*lines, "</tbody>", "</table>", "</section>"]
+
+
+def _footer(results: Mapping[str, Any]) -> list[str]:
+    return [
+        "<footer>",
+        f"<p>Made by <code>convllava quickstart --seed {_html(results['seed'])}</code> with "
+        f"{_html(versions_text(results['versions']))}, on {_html(results['machine'])}. The same figures lie beside "
+        "this page in <code>results.json</code>.</p>",
+        "</footer>",
+    ]

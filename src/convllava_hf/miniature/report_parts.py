@@ -1,0 +1,147 @@
+"""What the report's page, its figure and the findings have in common: numbers as text, curves, boxes, whole files."""
+
+import math
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .scoring import intersection_over_union, parse_box
+
+
+# The colours of docs/architecture.svg.
+COLORS = {
+    "ink": "#0f172a",
+    "soft": "#475569",
+    "line": "#cbd5e1",
+    "accuracy": "#c2410c",
+    "chance": "#475569",
+    "blind": "#6d28d9",
+    "right": "#15803d",
+    "wrong": "#be123c",
+}
+KIND_NOTES = {
+    "reading": "What does the sign say?",
+    "color": "What color is the square?",
+    "shape": "What shape is the red object?",
+    "presence": "Is there a blue ring?",
+    "count": "How many circles are there?",
+    "grounding": "Give the bounding box of the red square.",
+}
+STEP_NOTES = {
+    "vision tower": "Stage 0: four stages learn to name things, to stand in for CLIP’s ConvNeXt.",
+    "language model": "Stage 0: a small Llama learns to talk about scenes told in words, to stand in for Vicuna.",
+    "data": "Scenes and conversations about them.",
+    "assemble": "Tower and language model become one model, with a new fifth stage and projector.",
+    "stage 1": "Projector initialisation: the fifth stage and the projector learn.",
+    "stage 2": "Pretraining: the tower from its stage 3 on, the projector and the language model learn.",
+    "stage 3": "Instruction tuning: the projector and the language model learn.",
+    "evaluation": "Questions about unseen scenes, answered seeing and blind.",
+}
+LOSS_TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+_SMALLEST_LOSS = 1e-3
+_MOST_POINTS = 240
+
+Curve = list[tuple[float, float]]  # step and loss
+
+
+def plain(text: object, width: int | None = None) -> str:
+    """A model's words on one line: what cannot be shown becomes a blank, and what is too long is cut.
+
+    Args:
+        width: most characters.
+    """
+    words = "".join(character if character.isprintable() else " " for character in str(text)).split()
+    line = " ".join(words)
+    return line if width is None or len(line) <= width else line[: width - 1].rstrip() + "…"
+
+
+def share(value: float | None) -> str:
+    """An accuracy with two decimals; a dash if nothing was asked."""
+    return "–" if missing(value) else f"{value:.2f}"
+
+
+def missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def duration(seconds: float) -> str:
+    """Such as `8 min 05 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def amount(number: float) -> str:
+    """A large number with two significant figures or more, such as `0.67 M`, `51 M` and `1.2 G`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.1 * size and number >= 1e3:
+            value = number / size
+            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.{1 if value >= 0.995 else 2}f} {unit}"
+    return f"{number:.0f}"
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
+
+
+def curves(losses: Mapping[str, Iterable]) -> tuple[dict[str, Curve], dict[str, int]]:
+    """The loss curves to draw, by step of the run, and how many of each one's values are no finite numbers.
+
+    A step that was logged twice, as after an interruption, counts once, as it was last. Long curves are averaged over
+    neighbouring steps.
+    """
+    drawn, lost = {}, {}
+    for name, logged in losses.items():
+        last = dict((step, loss) for step, loss in logged)
+        finite = sorted((step, loss) for step, loss in last.items() if not missing(loss) and math.isfinite(loss))
+        lost[name] = len(last) - len(finite)
+        size = math.ceil(len(finite) / _MOST_POINTS) or 1
+        bins = [finite[start : start + size] for start in range(0, len(finite), size)]
+        drawn[name] = [tuple(sum(column) / len(part) for column in zip(*part, strict=True)) for part in bins]
+        drawn[name] = [(step, max(loss, _SMALLEST_LOSS)) for step, loss in drawn[name]]
+    return drawn, lost
+
+
+def loss_limits(drawn: Mapping[str, Curve]) -> tuple[float, float]:
+    """Smallest and largest loss of all curves with some room, for a logarithmic axis that all share."""
+    values = [loss for curve in drawn.values() for _, loss in curve] or [0.1, 10]
+    return min(values) / 1.35, max(values) * 1.35
+
+
+def boxes(sample: Mapping) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """What to draw into a sample's picture: `"truth"` or `"answer"`, and left, top, width, height from 0 to 1.
+
+    Only grounding has boxes. An answer that is no box is left out, and one that sticks out of the picture is cut.
+    """
+    if sample["kind"] != "grounding":
+        return []
+    found = []
+    for name in ("truth", "answer"):
+        box = parse_box(sample[name])
+        if box is not None:
+            inside = [min(max(value, 0.0), 1.0) for value in box]
+            (left, right), (top, bottom) = sorted(inside[0::2]), sorted(inside[1::2])
+            found.append((name, (left, top, right - left, bottom - top)))
+    return found
+
+
+def overlap(sample: Mapping) -> float | None:
+    """Intersection over union of a sample's two boxes; `None` if there are not two."""
+    if sample["kind"] != "grounding":
+        return None
+    pair = [parse_box(sample[name]) for name in ("truth", "answer")]
+    return None if None in pair else intersection_over_union(*pair)
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Writes a file; it is there whole or as it was before."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

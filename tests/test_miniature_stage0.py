@@ -1,0 +1,411 @@
+"""Stage 0 of the miniature, and its data as training reads it: one tokenization for both, and models that learn."""
+
+import io
+import itertools
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+
+pytest.importorskip("sklearn")
+datasets = pytest.importorskip("datasets")
+
+from miniature_sight import Seen, answer_of, cells_of, digits, handwriting_in, print_in, see, see_sign, see_signs  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from convllava_hf.data import load_training_data  # noqa: E402
+from convllava_hf.miniature import drawing, language, pretraining, samples  # noqa: E402
+from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
+
+
+TURN = re.compile(r"USER: (.*?) ASSISTANT: (.*?)</s>", re.DOTALL)
+trains = pytest.mark.skipif(
+    tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18),
+    reason="training needs transformers >= 5.18",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pretraining.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Everything that can be said about 200 scenes that the tokenizer was not made from."""
+    rng, said = np.random.default_rng(0), []
+    for scene in itertools.islice(World().scenes("test", 7), 200):
+        said.append(f" {language.text_picture(scene)}")
+        for share in (0.0, 1.0):
+            for prompt, answer in language.conversation(scene, rng, share):
+                said += [f" {prompt}", f" {answer}"]
+    return said
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+
+def test_the_tokenizer_round_trips(tokenizer, texts):
+    for text in [*texts, "Grüße, 世界!\n\tTwo  blanks 🙂 and <tags> of 3.14159", " ", ""]:
+        assert tokenizer.decode(ids_of(tokenizer, text)) == text
+
+
+def test_every_word_is_one_token(tokenizer, texts):
+    """Words with the blank before them, numbers of two decimals, and each mark of punctuation."""
+    assert_one_token_a_word(tokenizer, texts)
+
+
+def test_every_word_is_one_token_after_the_picture_too(tokenizer, texts):
+    """The first question stands at the beginning of a line."""
+    assert_one_token_a_word(tokenizer, [text.strip() for text in texts if text.endswith(("?", "."))])
+
+
+def assert_one_token_a_word(tokenizer, texts: list[str]) -> None:
+    for text in texts:
+        words = re.findall(r" ?[a-zA-Z]+-\w+| ?[A-Za-z]+| ?[0-9]\.[0-9]{2}| ?[0-9]| ?[.,:?\[\]]", text)
+        assert "".join(words) == text
+        assert tokenizer.convert_ids_to_tokens(ids_of(tokenizer, text)) == [word.replace(" ", "Ġ") for word in words]
+
+
+@pytest.mark.parametrize("world", [World(), World(thing_sizes=(2, 4), sign_sizes=(2, 3))], ids=["usual", "small"])
+def test_every_word_of_the_world_is_known(world):
+    tokenizer = pretraining.make_tokenizer(world)
+    words = [" ground", *(f" sign-{digit}" for digit in range(10)), *(f" {digit}" for digit in range(10))]
+    words += [f" {word}" for word in (*COLORS, *SHAPES, "yes", "no", "one", "two", "three")]
+    words += [f" {color}-{shape}" for color in COLORS for shape in SHAPES]
+    smallest = world.thing_sizes[0]
+    words += [f"{step / 20:.2f}" for step in range(21 - smallest)]  # left edges, after the bracket
+    words += [f" {step / 20:.2f}" for step in range(21)]
+    assert [word for word in words if len(ids_of(tokenizer, word)) != 1] == []
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>"]) == [
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    ]
+
+
+def test_text_batches_are_tokenized_as_the_chat_template_does(tokenizer):
+    """Ids and labels of each row are those of its own text, parted into messages and put through the template."""
+    rows = 0
+    for batch in itertools.islice(pretraining.text_batches(tokenizer, World(), 3, 8), 4):
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            length = int(mask.sum())
+            assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+            assert set(ids[length:].tolist()) <= {tokenizer.pad_token_id} and set(labels[length:].tolist()) <= {-100}
+            text = tokenizer.decode(ids[:length])
+            turns = TURN.findall(text)
+            assert text == "<s>" + "".join(f"USER: {prompt} ASSISTANT: {answer}</s>" for prompt, answer in turns)
+            told = tokenizer.apply_chat_template(
+                messages_of(turns), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            assert ids[:length].tolist() == told["input_ids"]
+            expected = [
+                token if said else -100 for token, said in zip(told["input_ids"], told["assistant_masks"], strict=True)
+            ]
+            assert labels[:length].tolist() == expected
+            said = tokenizer.decode(labels[labels != -100])
+            assert said == "".join(f" {answer}</s>" for _, answer in turns)
+            rows += 1
+    assert rows == 32
+
+
+def test_text_batches_tell_what_is_asked(tokenizer):
+    """Every answer, by other code, from the text picture that comes first."""
+    captions, asked = 0, 0
+    for batch in itertools.islice(pretraining.text_batches(tokenizer, World(), 0, 16), 8):
+        for ids in batch["input_ids"]:
+            turns = TURN.findall(tokenizer.decode(ids))
+            told, _, first = turns[0][0].partition("\n")
+            cells = cells_of(told)
+            assert len(cells) == 16
+            things = [Seen(*name.split("-"), boxed(edges)) for name, edges in cells if "-" in name]
+            (sign,) = [thing for thing in things if thing.color == "sign"]
+            things.remove(sign)
+            everything = [*things, Seen("", "sign", sign.box)]
+            for prompt, answer in [(first, turns[0][1]), *turns[1:]]:
+                is_caption = prompt.startswith("Describe")
+                captions, asked = captions + is_caption, asked + (not is_caption)
+                assert answer_of(prompt, everything if is_caption else things, int(sign.shape), 1) == answer
+    assert captions > 5 and asked > 100
+
+
+def boxed(edges: list[str]) -> tuple[float, ...]:
+    return tuple(map(float, edges))
+
+
+def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):
+    splits = []
+    whole, pen = World.scenes, drawing.handwritten_digits
+    monkeypatch.setattr(World, "scenes", lambda self, split, seed: splits.append(split) or whole(self, split, seed))
+    monkeypatch.setattr(drawing, "handwritten_digits", lambda split: splits.append(split) or pen(split))
+    pretraining.make_tokenizer()
+    next(pretraining.text_batches(tokenizer, World(), 0, 4))
+    rng = np.random.default_rng(0)
+    before = len(splits)
+    for _ in range(40):
+        pretraining.labelled_picture(rng)
+    assert set(splits) == {"train"} and before >= 2 and len(splits) > before + 4
+
+
+def test_pictures_show_at_each_place_what_it_is_named():
+    """The thing or sign that covers a place's centre and how far it reaches, by the pixels.
+
+    Not asked where an edge is next to the centre.
+    """
+    rng, right, found = np.random.default_rng(1), [], Counter()
+    for _ in range(80):
+        pixels, names, edges = pretraining.labelled_picture(rng)
+        picture, places = Image.fromarray(pixels), len(names)
+        stride = picture.width // places
+        things, signs = see(picture), see_signs(picture)
+        for row, column in itertools.product(range(places), repeat=2):
+            x, y = (column + 0.5) * stride, (row + 0.5) * stride
+            covering = [thing for thing in [*things, *signs] if covers(getattr(thing, "box", thing), x, y)]
+            if any(covers(box, x, y, 2) != covers(box, x, y, -2) for box in [*(one.box for one in things), *signs]):
+                continue
+            name = pretraining._NAMES[names[row, column]]
+            if not covering:
+                right.append(name == "ground")
+            elif isinstance(covering[0], Seen):
+                right.append(name == (covering[0].color, covering[0].shape))
+            else:
+                read = (print_in(picture, covering[0]), digits().target[handwriting_in(picture, covering[0])])
+                right.append(name in read)
+            if covering:
+                box = getattr(covering[0], "box", covering[0])
+                reach = np.array(box) - (x, y, x, y)
+                np.testing.assert_allclose(edges[row, column] * stride, reach, atol=1.01)
+            found["ground" if name == "ground" else "sign" if isinstance(name, int) else "thing"] += 1
+    assert np.mean(right) > 0.99
+    assert min(found.values()) > 100 and len(found) == 3
+
+
+def covers(box, x: float, y: float, margin: float = 0) -> bool:
+    left, top, right, bottom = box
+    return left - margin <= x <= right + margin and top - margin <= y <= bottom + margin
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A data set of 24 scenes on disk."""
+    folder = tmp_path_factory.mktemp("data") / "stage"
+    return samples.write_samples(folder, World(), size=24, seed=3, caption_share=0.25)
+
+
+def said_in(row: dict) -> list[str]:
+    return [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_a_data_set_is_read_as_training_reads_it(written, tmp_path, form):
+    """Pictures pixel by pixel those of the scenes, and every answer what is seen in them."""
+    if form == "parquet":
+        datasets.load_from_disk(written).to_parquet(tmp_path / "stage.parquet")
+    loaded = load_training_data(written if form == "folder" else tmp_path / "stage.parquet")
+    assert len(loaded) == 24
+    captions = 0
+    for row, scene in zip(loaded, World().scenes("train", 3), strict=False):
+        (picture,) = row["images"]
+        picture = Image.open(io.BytesIO(picture["bytes"]))
+        assert picture.size == (256, 256) and picture.mode == "RGB"
+        assert np.array_equal(np.asarray(picture), np.asarray(drawing.draw(scene)))
+        things = [*see(picture), Seen("", "sign", see_sign(picture))]
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        kinds = [part["type"] for message in row["messages"] for part in message["content"]]
+        assert kinds == ["image"] + ["text"] * len(roles)
+        said = said_in(row)
+        for prompt, answer in zip(said[::2], said[1::2], strict=True):
+            seen = things if prompt.startswith("Describe") else things[:-1]
+            assert answer_of(prompt, seen, scene.sign.digit) == answer
+        captions += said[0].startswith("Describe")
+    assert 0 < captions < 15
+
+
+def test_data_sets_by_seed_and_size(written, tmp_path):
+    """The same seed writes the same again, over what was there; another one writes other scenes."""
+    first, counts = load_training_data(written), []
+    kwargs = {"caption_share": 0.25, "on_scene": counts.append}
+    for seed, same in ((4, False), (3, True), ([3, 1], False)):
+        samples.write_samples(tmp_path / "again", World(), size=24, seed=seed, **kwargs)
+        again = load_training_data(tmp_path / "again")
+        assert (again["messages"][:] == first["messages"][:]) == same
+        assert ([row[0]["bytes"] for row in again["images"]] == [row[0]["bytes"] for row in first["images"]]) == same
+    assert counts == sorted(counts[:1] * 3) and counts[0] == 24
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    (row,) = samples.sample_rows(World(), size=1, seed=4, caption_share=1.0, side=128)
+    assert Image.open(io.BytesIO(row["images"][0]["bytes"])).size == (128, 128) and len(row["messages"]) == 2
+
+
+@pytest.fixture(scope="module")
+def stage_0(tmp_path_factory):
+    """Tower and language model after two steps, and the losses that were told."""
+    folder, told = tmp_path_factory.mktemp("stage0"), {}
+
+    def listen(name):
+        told[name] = []
+        return lambda *values: told[name].append(values)
+
+    pretraining.train_tower(folder / "tower", steps=2, seed=0, on_step=listen("tower"))
+    pretraining.train_language_model(folder / "language", steps=2, seed=0, on_step=listen("language"))
+    return folder, told
+
+
+@pytest.fixture(scope="module")
+def assembled(stage_0, tmp_path_factory):
+    from convllava_hf.convert import assemble
+
+    folder, _ = stage_0
+    return assemble(
+        tmp_path_factory.mktemp("assembled") / "model",
+        vision=folder / "tower",
+        text=folder / "language",
+        resolution=256,
+        extra_stage_depth=1,
+        extra_stage_width=192,
+        progress=False,
+    )
+
+
+def test_stage_0_tells_steps_and_losses(stage_0):
+    _, told = stage_0
+    for name, classes in (("tower", 40), ("language", 500)):
+        assert [values[:2] for values in told[name]] == [(1, 2), (2, 2)]
+        assert all(0.5 * math.log(classes) < loss < 2.5 * math.log(classes) for _, _, loss in told[name])
+
+
+def test_stage_0_is_the_same_for_a_seed(stage_0, tmp_path):
+    folder, _ = stage_0
+    for seed in (0, 1):
+        pretraining.train_tower(tmp_path / f"tower{seed}", steps=2, seed=seed)
+        pretraining.train_language_model(tmp_path / f"language{seed}", steps=2, seed=seed)
+    for name in ("tower", "language"):
+        first, same, other = (
+            load_file(path / "model.safetensors")
+            for path in (folder / name, tmp_path / f"{name}0", tmp_path / f"{name}1")
+        )
+        assert all(torch.equal(first[key], same[key]) for key in first)
+        assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_pictures_stand_where_text_pictures_stood(assembled, tokenizer):
+    """What follows the picture is tokenized as in stage 0, a picture has as many tokens as a text one cells."""
+    processor = transformers.AutoProcessor.from_pretrained(assembled)
+    scene = next(World().scenes("train", 5))
+    content = [{"type": "image", "image": drawing.draw(scene)}, {"type": "text", "text": "What does the sign say?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": str(scene.sign.digit)}]}
+    ids = processor.apply_chat_template(
+        [{"role": "user", "content": content}, answer], tokenize=True, return_dict=True
+    )["input_ids"][0]
+    turns = [(f"{language.text_picture(scene)}\nWhat does the sign say?", str(scene.sign.digit))]
+    told = tokenizer.apply_chat_template(messages_of(turns), tokenize=True, return_dict=True)["input_ids"]
+    last = len(ids) - ids[::-1].index(processor.image_token_id)
+    assert ids.count(processor.image_token_id) == 16
+    end_of_line = told.index(ids_of(tokenizer, "\n")[0])
+    assert ids[last:] == told[end_of_line:]
+    names = [processor.tokenizer.decode(part[:3]) for part in (ids, told)]
+    assert names == ["<s>USER:"] * 2
+
+
+@trains
+def test_a_data_set_trains_through_the_trainer(written, assembled, tmp_path):
+    pytest.importorskip("trl")
+    from training_runs import ON_CPU, logged, options
+
+    from convllava_hf.train import main
+
+    arguments = {
+        "model_name_or_path": assembled,
+        "output_dir": tmp_path / "out",
+        "dataset_name": written,
+        "trainable": ["projector", "vision_tower", "language_model", "lm_head"],
+        "assistant_only_loss": "true",
+        "max_length": 1024,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        **ON_CPU,
+    }
+    trainer = main(options(**arguments))
+    (loss,) = logged(trainer, "loss")
+    assert 1 < loss < 2 * math.log(len(trainer.processing_class.tokenizer))
+    before, after = load_file(assembled / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+    decode = trainer.processing_class.tokenizer.decode
+    for index, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        answers = said_in(trainer.train_dataset[index])[1::2]
+        assert decode(labels[labels != -100]) == "".join(f" {answer}</s>" for answer in answers)
+        assert (ids == trainer.processing_class.image_token_id).sum() == 16
+    assert batch["pixel_values"].shape == (8, 3, 256, 256)
+
+
+def probe(folder, pictures: int) -> float:
+    """How many places of unseen pictures with a thing at them a linear map of a tower's features names rightly."""
+    from sklearn.linear_model import RidgeClassifier
+
+    tower = transformers.ConvNextModel.from_pretrained(folder).eval()
+    rng = np.random.default_rng(99)
+    drawn = [pretraining.labelled_picture(rng) for _ in range(pictures)]
+    pixels, names = (np.stack([one[index] for one in drawn]) for index in (0, 1))
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        features = torch.cat([tower(part).last_hidden_state.permute(0, 2, 3, 1) for part in pixels.split(50)])
+    seen = pictures * 2 // 3
+    is_thing = names < len(COLORS) * len(SHAPES)
+    known, asked = features[:seen][is_thing[:seen]].numpy(), features[seen:][is_thing[seen:]].numpy()
+    probed = RidgeClassifier().fit(known, names[:seen][is_thing[:seen]])
+    return probed.score(asked, names[seen:][is_thing[seen:]])
+
+
+@pytest.mark.slow
+def test_a_tower_learns_to_see(stage_0, tmp_path):
+    """A probe of our own names things by its features: far above chance, 1/30, and above those of an untrained tower.
+
+    Digits take it longer than this.
+    """
+    pretraining.train_tower(tmp_path / "tower", steps=300, seed=0)
+    things, untrained = probe(tmp_path / "tower", 900), probe(stage_0[0] / "tower", 900)
+    assert things > 0.25 and things > untrained + 0.12
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_to_look_things_up(tmp_path, tokenizer):
+    """Its answers' likeliest first tokens about scenes of the test split, against the words that it was told."""
+    losses = []
+    pretraining.train_language_model(
+        tmp_path / "language", steps=500, seed=0, on_step=lambda step, steps, loss: losses.append(loss)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
+    rng, right = np.random.default_rng(0), {}
+    for scene in itertools.islice(World().scenes("test", 0), 80):
+        for question in language.questions(scene, rng):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"{language.text_picture(scene)}\n{question.text}"}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            with torch.no_grad():
+                answer = tokenizer.decode(model(**prompt).logits[0, -1].argmax())
+            right.setdefault(question.kind, []).append(answer == f" {question.answer.split(',')[0]}")
+    shares = {kind: np.mean(values) for kind, values in right.items()}
+    assert losses[-1] < 0.3 * losses[0]
+    assert shares["reading"] > 0.3 and shares["count"] > 0.4, shares

@@ -1,0 +1,110 @@
+"""Runs in steps: each done once, whatever happens in between."""
+
+import functools
+import json
+import os
+import time
+
+import pytest
+
+from convllava_hf.errors import ConvLlavaError
+from convllava_hf.miniature.steps import JobError, Run, run_jobs
+
+
+def test_a_run_remembers_what_is_done(tmp_path):
+    run = Run(tmp_path / "run", {"seed": 3})
+    with run.step("one"):
+        time.sleep(0.11)
+    run.set_losses("one", [[1, 0.5]])
+    with pytest.raises(KeyboardInterrupt), run.step("two"):
+        time.sleep(0.11)
+        raise KeyboardInterrupt
+    again = Run(tmp_path / "run", {"seed": 3})
+    assert again.is_done("one") and not again.is_done("two")
+    assert again.record["losses"] == {"one": [[1, 0.5]]}
+    interrupted = again.record["seconds"]["two"]
+    assert interrupted >= 0.1
+    with again.step("two"):
+        time.sleep(0.11)
+    assert again.is_done("two") and again.record["seconds"]["two"] >= interrupted + 0.1
+
+
+def test_another_run_and_other_folders_are_refused(tmp_path):
+    Run(tmp_path / "run", {"seed": 3})
+    with pytest.raises(ConvLlavaError, match=r"'seed': 3.*asked for was.*'seed': 4"):
+        Run(tmp_path / "run", {"seed": 4})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("")
+    with pytest.raises(ConvLlavaError, match="is not empty"):
+        Run(tmp_path / "mine", {"seed": 3})
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", {"seed": 3})
+    before = (tmp_path / "run" / "run.json").read_text()
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        run.finish("one")
+    assert (tmp_path / "run" / "run.json").read_text() == before
+    assert json.loads(before)["done"] == []
+
+
+def fail(*_):
+    raise OSError("disk full")
+
+
+def test_jobs_run_side_by_side_and_tell(tmp_path):
+    events = []
+    jobs = {name: functools.partial(wait_for_each_other, tmp_path, name) for name in ("one", "two")}
+    run_jobs(jobs, lambda name, value: events.append((name, value)), at_once=2)
+    for name in ("one", "two"):
+        assert [value for other, value in events if other == name] == ["waiting", "met", None]
+
+
+def test_one_at_a_time(tmp_path):
+    events = []
+    jobs = {name: functools.partial(emit_twice, name) for name in ("one", "two", "three")}
+    run_jobs(jobs, lambda name, value: events.append((name, value)), at_once=1)
+    assert events == [(name, value) for name in jobs for value in (f"{name} 1", f"{name} 2", None)]
+
+
+@pytest.mark.parametrize("job", ["raises", "dies"])
+def test_a_job_that_fails_ends_the_others(tmp_path, job):
+    jobs = {
+        "bad": {"raises": raises, "dies": dies}[job],
+        "slow": functools.partial(sleep_and_write, tmp_path / "late"),
+    }
+    started = time.monotonic()
+    with pytest.raises(JobError, match="the disk is full" if job == "raises" else "ended with 9"):
+        run_jobs(jobs, lambda *_: None, at_once=2)
+    assert time.monotonic() - started < 60
+    assert not (tmp_path / "late").exists()
+
+
+def wait_for_each_other(folder, name, emit):
+    emit("waiting")
+    (folder / name).write_text("")
+    end = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > end:
+            raise TimeoutError("the other job never ran")
+        time.sleep(0.01)
+    emit("met")
+
+
+def emit_twice(name, emit):
+    emit(f"{name} 1")
+    emit(f"{name} 2")
+
+
+def raises(emit):
+    raise OSError("the disk is full")
+
+
+def dies(emit):
+    os._exit(9)
+
+
+def sleep_and_write(path, emit):
+    time.sleep(120)
+    path.write_text("")
