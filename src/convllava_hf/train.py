@@ -16,6 +16,7 @@ from .errors import ConvLlavaError
 from .training.arguments import LORA_TARGETS, DataArguments, TrainingArguments, check_arguments, make_parser
 from .training.checkpoints import fault_of_checkpoint, last_whole_checkpoint
 from .training.curve import save_loss_curve
+from .training.record import save_training_record
 from .training.trainable import format_table, set_trainable, trainable_table
 from .training.trainer import ConvLlavaTrainer
 
@@ -93,7 +94,7 @@ def train(
     if trainer.is_world_process_zero():
         logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
     trainer.train(resume_from_checkpoint=resume)
-    _save(trainer, training)
+    _save(trainer, data, training, model_config)
     return trainer
 
 
@@ -151,18 +152,25 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return str(found) if found else None
 
 
-def _save(trainer: ConvLlavaTrainer, training: TrainingArguments) -> None:
+def _save(
+    trainer: ConvLlavaTrainer, data: DataArguments, training: TrainingArguments, model_config: ModelConfig
+) -> None:
     trainer.save_model(training.output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_loss_curve(
             trainer.state.log_history, Path(training.output_dir) / "loss.png", title=Path(training.output_dir).name
         )
+        folders = [Path(training.output_dir)]
         if training.merge_adapter:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             folder = Path(training.output_dir) / "merged"
             merged.save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
+            folders.append(folder)
+        for folder in folders:
+            processes = trainer.accelerator.num_processes
+            save_training_record(folder, data, training, model_config, trainer.state, processes)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
+from ..record import write_record
 from . import layout
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
 from .reading import Weights, locate
@@ -85,6 +86,7 @@ def assemble(
     with new_checkpoint_folder(output, overwrite, inputs=(folder, Path(vision).expanduser())) as new:
         layout.save_all_but_weights(new, model, processor, generation_config)
         layout.write_weights(new, model, plan, sources, parse_size(_SHARD_SIZE), progress)
+        write_record(new, origin={"vision_tower": vision, "language_model": text})
     return Path(output)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..record import write_record
 from . import layout
 from .keys import CONVNEXT_TABLE, ORIGINAL_TABLE
 from .original import (
@@ -60,6 +61,7 @@ def convert_checkpoint(
     """
     shard_bytes = parse_size(max_shard_size)
     check_output(output, overwrite)
+    origin = {"checkpoint": source, "vision_tower": vision_tower}
     source = locate(source, "The checkpoint")
     config = read_original_config(source)
     tower = find_tower(source, config, vision_tower)
@@ -90,6 +92,7 @@ def convert_checkpoint(
     with new_checkpoint_folder(output, overwrite, inputs=(source, tower)) as folder:
         layout.save_all_but_weights(folder, model, processor, generation_config)
         layout.write_weights(folder, model, plan, weights, shard_bytes, progress)
+        write_record(folder, origin=origin)
     return Path(output)
 
 

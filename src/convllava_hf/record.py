@@ -1,0 +1,66 @@
+"""training_record.json: what a checkpoint was made from and how it was trained, for whoever publishes it.
+
+It lies in the checkpoint's folder and grows with each stage: `origin` names the parts that a model was assembled or
+converted from, `stages` has one entry a training run, the earliest first. Every key may be missing. Nothing in it says
+where a file lay on the machine: of an absolute path the last name stays.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "training_record.json"
+_FORMAT = 1
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The record in a checkpoint's folder: `{"origin": {...}, "stages": [...]}`, empty where there is none.
+
+    A record that cannot be read is told in a warning and counts as none: it is no reason to lose a training run.
+    """
+    empty: dict[str, Any] = {"format": _FORMAT, "origin": {}, "stages": []}
+    path = Path(folder) / RECORD_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return empty
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s); going on without it.", path, error)
+        return empty
+    if not isinstance(record, dict) or not isinstance(record.get("stages", []), list):
+        logger.warning("%s holds no training record; going on without it.", path)
+        return empty
+    stages = [stage for stage in record.get("stages", []) if isinstance(stage, dict)]
+    origin = record.get("origin")
+    return {"format": _FORMAT, "origin": origin if isinstance(origin, dict) else {}, "stages": stages}
+
+
+def write_record(folder: str | Path, *, origin: dict[str, Any] | None = None, stages: list[dict] = ()) -> Path:
+    """Writes the record of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        origin: `vision_tower`, `language_model` or `checkpoint`: what each was made from, an id on the Hub or a name.
+        stages: the training runs, the earliest first.
+    """
+    origin = {part: portable_name(source) for part, source in (origin or {}).items() if source}
+    path = Path(folder) / RECORD_FILE
+    record = {"format": _FORMAT, "origin": origin, "stages": list(stages)}
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def portable_name(source: str | Path) -> str:
+    """What may be told of a source: ids and relative paths as they are, of an absolute path its last name."""
+    text = str(source)
+    if _WINDOWS.match(text):
+        return PureWindowsPath(text).name
+    if text.startswith(("/", "~", "file:")):
+        return PurePosixPath(text).name
+    return text

@@ -1,0 +1,110 @@
+"""What a finished run leaves for the model card: its data, what trained, hyperparameters, and how far it came."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig
+
+from ..record import portable_name, read_record, write_record
+from .arguments import DataArguments, TrainingArguments
+
+
+_HYPERPARAMETERS = (
+    "learning_rate",
+    "projector_learning_rate",
+    "vision_tower_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "assistant_only_loss",
+    "group_by_modality_length",
+    "bf16",
+    "fp16",
+    "seed",
+)
+_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_dora")
+_PACKAGES = ("convllava-hf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def save_training_record(
+    folder: str | Path, data: DataArguments, training: TrainingArguments, model: ModelConfig, state, processes: int
+) -> Path:
+    """Adds this run to the record of the checkpoint that it started from, and writes it beside the new one.
+
+    Args:
+        folder: the checkpoint just written.
+        state: the trainer's `TrainerState`.
+        processes: of the run, one a device.
+    """
+    before = read_record(model.model_name_or_path)
+    stage = describe_run(data, training, model, state, processes)
+    return write_record(folder, origin=before["origin"], stages=[*before["stages"], stage])
+
+
+def describe_run(
+    data: DataArguments, training: TrainingArguments, model: ModelConfig, state, processes: int
+) -> dict[str, Any]:
+    """One entry of the record's `stages`."""
+    told = training.to_dict()
+    quantized = model.use_peft and (model.load_in_4bit or model.load_in_8bit)
+    final = {key: row[key] for row in state.log_history for key in ("train_loss", "eval_loss") if key in row}
+    stage = {
+        "name": Path(training.output_dir).resolve().name,
+        "started_from": portable_name(model.model_name_or_path),
+        "method": "qlora" if quantized else "lora" if model.use_peft else "full",
+        "trainable": None if model.use_peft else list(training.trainable),
+        "data": _describe_data(data),
+        "hyperparameters": {key: told[key] for key in _HYPERPARAMETERS if told.get(key) is not None},
+        "devices": processes,
+        "global_batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
+        "steps": state.global_step,
+        "epochs": round(state.epoch, 4) if state.epoch is not None else None,
+        **final,
+        "dtype": str(model.dtype or "float32"),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    if model.use_peft:
+        stage["lora"] = {key.removeprefix("lora_"): value for key in _LORA if (value := getattr(model, key, None))}
+    return stage
+
+
+def _describe_data(data: DataArguments) -> list[dict[str, Any]]:
+    """Names, configurations, splits and weights of the data sets."""
+    if not data.datasets:
+        told = {"name": data.dataset_name, "config": data.dataset_config, "split": data.dataset_train_split}
+        return [_without_blanks(told)]
+    entries = []
+    for entry in data.datasets:
+        told = {"name": entry["path"], "config": entry.get("name")}
+        entries.append(_without_blanks({**told, "split": entry.get("split"), "weight": entry.get("weight")}))
+    return entries
+
+
+def _without_blanks(entry: dict[str, Any]) -> dict[str, Any]:
+    entry = {key: value for key, value in entry.items() if value is not None}
+    if str(entry["name"]).endswith((".json", ".jsonl")):
+        entry.pop("split", None)  # such a file has none; the argument has a default
+    return {**entry, "name": portable_name(entry["name"])}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,59 @@
+"""What a run writes down for the model card, compared with the recipe and with the trainer itself."""
+
+import pytest
+import yaml
+
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from conftest import GOLDEN  # noqa: E402
+from training_runs import RECIPES, STAGES, logged, run  # noqa: E402
+
+from convllava_hf.publish import About  # noqa: E402
+from convllava_hf.publish.card import CardInput, render_card  # noqa: E402
+from convllava_hf.publish.checks import check_files  # noqa: E402
+from convllava_hf.publish.files import stage  # noqa: E402
+from convllava_hf.record import read_record  # noqa: E402
+
+
+FEW = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+
+
+def test_stages_are_written_one_after_the_other(converted_checkpoint, tmp_path):
+    start, trainers = converted_checkpoint("init"), []
+    for number in (1, 2):
+        output = tmp_path / STAGES[number]
+        trainers.append(run(RECIPES / f"{STAGES[number]}.yaml", start, output, **FEW))
+        start = output
+    stages = read_record(start)["stages"]
+    assert [one["name"] for one in stages] == [STAGES[1], STAGES[2]]
+    for number, (told, trainer) in enumerate(zip(stages, trainers, strict=True), 1):
+        recipe = yaml.safe_load((RECIPES / f"{STAGES[number]}.yaml").read_text())
+        assert told["trainable"] == recipe["trainable"] and told["method"] == "full"
+        for key in ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_length"):
+            assert told["hyperparameters"][key] == recipe[key], key
+        assert told["global_batch_size"] == 4 and told["devices"] == 1 and told["steps"] == 2
+        assert told["train_loss"] == logged(trainer, "train_loss")[0]
+        assert told["data"] == [{"name": "conversations.json"}]  # no more of the path on this machine
+    assert stages[1]["started_from"] == STAGES[1]
+    text = (start / "training_record.json").read_text()
+    assert str(tmp_path) not in text and str(GOLDEN) not in text
+
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    staged = stage(start, folder)
+    card = render_card(staged, CardInput("user/tiny", About(license="mit")))
+    check_files(staged)
+    assert {"training_record.json", "loss.png"} <= set(staged.names())
+    assert "| | stage1_projector | stage2_pretrain |" in card and "![Loss over the steps" in card
+    assert {"training_args.bin", "trainer_state.json"} & set(staged.names()) == set()
+
+
+def test_an_adapters_run_and_its_merged_model_are_recorded(converted_checkpoint, tmp_path):
+    few = {**FEW, "dataset_name": GOLDEN / "conversations.json"}
+    run(RECIPES / "lora.yaml", converted_checkpoint("stage3"), tmp_path / "lora", **few, merge_adapter="true")
+    (told,) = read_record(tmp_path / "lora")["stages"]
+    assert told["method"] == "lora" and told["trainable"] is None
+    assert told["lora"]["r"] == 64 and told["lora"]["modules_to_save"] == ["multi_modal_projector"]
+    assert read_record(tmp_path / "lora" / "merged")["stages"] == [told]
