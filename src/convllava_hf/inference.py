@@ -6,10 +6,11 @@
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from .errors import ConvLlavaError, first_line
@@ -31,6 +33,8 @@ from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
 
 QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
+_PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -74,6 +78,8 @@ class Assistant:
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         on_text: Callable[[str], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        images_kwargs: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Continue a conversation by one answer.
 
@@ -84,12 +90,14 @@ class Assistant:
             temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
             on_text: called with each piece of text as it is generated, in this thread; what it raises ends the
                 generation and reaches the caller.
+            should_stop: called after every token, in this thread; once it says so, the answer ends with that token.
+            images_kwargs: of `ConvLlavaImageProcessor`, for this call: `{"size": 768}`, say.
 
         Raises:
             ConvLlavaError: the conversation leaves no room for an answer in the model's context.
         """
         start = time.perf_counter()
-        inputs = self._inputs(messages)
+        inputs = self._inputs(messages, images_kwargs or {})
         prompt_tokens = inputs["input_ids"].shape[1]
         room = self._room_for_answer(prompt_tokens)
         stream = _AnswerStream(self.processor.tokenizer, on_text)
@@ -101,6 +109,7 @@ class Assistant:
                 num_beams=1,
                 max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
                 streamer=stream,
+                stopping_criteria=StoppingCriteriaList([] if should_stop is None else [_Stop(should_stop)]),
             )
         except torch.OutOfMemoryError as error:
             raise ConvLlavaError(
@@ -117,9 +126,12 @@ class Assistant:
             seconds=time.perf_counter() - start,
         )
 
-    def _inputs(self, messages: list[dict[str, Any]]):
+    def _inputs(self, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
+        of_processor = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
+        if _PROCESSOR_KWARGS:
+            of_processor = {"processor_kwargs": of_processor}
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **of_processor
         )
         return inputs.to(self.device, self.dtype)
 
@@ -138,6 +150,16 @@ class Assistant:
 
 # Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+class _Stop(StoppingCriteria):
+    """Ends the generation after the token at which the caller says so."""
+
+    def __init__(self, should_stop: Callable[[], bool]):
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
 
 
 class _AnswerStream(BaseStreamer):

@@ -1,0 +1,68 @@
+"""`convllava demo`: a web page on which to talk with a model about pictures."""
+
+import argparse
+
+from .common import add_generation_arguments, errors_alone, positive_int, quiet_unless_watched
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="show a model on a web page",
+        description="Show a model on a web page: drop a picture, ask, and follow up. Ctrl-C ends it.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a converted checkpoint, or its id on the Hub")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--queue",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="visitors who may wait while one is answered (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-upload",
+        type=positive_int,
+        default=20,
+        metavar="MB",
+        help="size of a picture's file at most (default: %(default)s)",
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    add_generation_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..demo.limits import Limits
+    from ..demo.serving import serve
+
+    quiet_unless_watched()
+    errors_alone()
+    limits = Limits(queue=args.queue, upload_bytes=args.max_upload * 2**20)
+    serve(
+        args.model,
+        host=args.host,
+        port=args.port,
+        limits=limits,
+        max_new_tokens=min(args.max_new_tokens, limits.answer_tokens),
+        temperature=min(args.temperature, limits.temperature),
+        system=args.system,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        open_browser=args.open,
+        on_ready=lambda url: print(f"The page of {args.model}: {url}\nCtrl-C ends it.", flush=True),
+    )
+    return 0
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port (1 to 65535)")
+    return value

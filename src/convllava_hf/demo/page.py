@@ -1,0 +1,342 @@
+"""The page itself, in Gradio: what stands where, and what happens on which event."""
+
+import functools
+import html
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from ..errors import ConvLlavaError
+from ..inference import Assistant
+from .examples import write_examples
+from .guard import Guard
+from .limits import Limits
+from .pictures import read_picture
+from .style import CSS, HEAD
+from .talk import Conversation, Figures, Talker, Update
+from .upload import PictureInput
+
+
+logger = logging.getLogger(__name__)
+
+HINT = "Drop a picture, ask about it, and follow up. A new picture begins a new conversation."
+FAULT = "Something went wrong on the server; it has been written to its log. Try again, or start a new conversation."
+BUSY = "The question did not get through: too many people are waiting. It is still there; ask again in a moment."
+
+
+class Stops:
+    """Which visitors want their answer to end. A visitor's mark is there from the question to the answer's end."""
+
+    def __init__(self):
+        self._events: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, visitor: str) -> threading.Event:
+        """The mark of a visitor who has just asked; new if there was none or if it was set by mistake before."""
+        with self._lock:
+            return self._events.setdefault(visitor, threading.Event())
+
+    def stop(self, visitor: str) -> None:
+        with self._lock:
+            event = self._events.get(visitor)
+        if event is not None:
+            event.set()
+
+    def forget(self, visitor: str) -> None:
+        with self._lock:
+            self._events.pop(visitor, None)
+
+
+class Events:
+    """What happens on the page. Everything that a visitor should read is in what these return or raise."""
+
+    def __init__(self, talker: Talker, limits: Limits):
+        self.talker = talker
+        self.limits = limits
+        self.stops = Stops()
+        self._decoding = (
+            threading.Lock()
+        )  # pictures are looked at beside the queue, so that a full one keeps none away
+
+    def look(self, picture: str | None):
+        """A new picture: a new conversation. A file that is no picture leaves the page at once, and says why."""
+        if picture is None:
+            return gr.skip(), [], Conversation(), gr.skip()
+        try:
+            with self._decoding:
+                width, height = read_picture(picture, self.limits).size
+        except ConvLlavaError as error:
+            gr.Warning(str(error), title="This picture cannot be used")
+            return None, [], Conversation(), complaint(str(error))
+        return gr.skip(), [], Conversation(), note(f"A picture of {width} × {height} pixels. What about it?")
+
+    def begin(self, request: gr.Request):
+        self.stops.expect(request.session_hash)
+        return gr.update(submit_btn=False, stop_btn="Stop", interactive=False)
+
+    def ask(
+        self,
+        picture: str | None,
+        question: str,
+        resolution: str,
+        max_new_tokens: int,
+        temperature: float,
+        conversation: Conversation,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """Answer a person's question; what goes wrong stands where the figures would, and the question is kept."""
+        asked = (conversation, picture, question, resolution, max_new_tokens, temperature)
+        cleared = ""
+        try:
+            for update in self._updates(asked, request.session_hash):
+                kept = update.conversation if update.done else gr.skip()
+                if update.done and update.conversation == conversation:
+                    cleared = question  # stopped before the first word: it can be asked again
+                yield messages(update.conversation, html.escape), figures(update), cleared, kept
+                cleared = gr.skip()
+        except ConvLlavaError as error:
+            yield messages(conversation, html.escape), complaint(str(error)), question, gr.skip()
+
+    def ask_by_program(
+        self,
+        picture: str | None,
+        question: str,
+        resolution: str,
+        max_new_tokens: int,
+        temperature: float,
+        conversation: Conversation,
+        request: gr.Request,
+    ) -> Iterator[tuple]:
+        """The same for gradio_client: texts as they are, and an exception for what goes wrong."""
+        asked = (conversation, picture, question, resolution, max_new_tokens, temperature)
+        try:
+            for update in self._updates(asked, request.session_hash):
+                kept = update.conversation if update.done else gr.skip()
+                yield messages(update.conversation, str), figures(update), kept
+        except ConvLlavaError as error:
+            raise gr.Error(str(error), title="No answer", print_exception=False) from error
+
+    def _updates(self, asked: tuple, visitor: str) -> Iterator[Update]:
+        """What `Talker.ask` gives, until the visitor stops it.
+
+        Raises:
+            ConvLlavaError: whatever went wrong, in words for the visitor.
+        """
+        stop = self.stops.expect(visitor)
+        try:
+            yield from self.talker.ask(*asked, stop.is_set)
+        except ConvLlavaError:
+            raise
+        except Exception as error:
+            logger.exception("No answer to a question of the page")
+            raise ConvLlavaError(FAULT) from error
+        finally:
+            stop.set()
+            self.stops.forget(visitor)
+
+    def end(self, request: gr.Request):
+        self.stops.forget(request.session_hash)
+        return gr.update(submit_btn="Ask", stop_btn=False, interactive=True)
+
+    def fail(self, request: gr.Request):
+        """Gradio refused the question: the queue is full, or what came with it is not what the page sends."""
+        return self.end(request), complaint(BUSY), gr.skip(), gr.skip()
+
+    def stop(self, request: gr.Request) -> None:
+        self.stops.stop(request.session_hash)
+
+    def leave(self, request: gr.Request) -> None:
+        self.stops.stop(request.session_hash)
+        self.stops.forget(request.session_hash)
+
+    def restart(self, request: gr.Request):
+        self.stops.stop(request.session_hash)
+        return [], Conversation(), note(HINT)
+
+
+def build(
+    assistant: Assistant,
+    name: str,
+    folder: Path,
+    limits: Limits,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    system: str | None = None,
+) -> gr.Blocks:
+    """The page of a model. `folder` is Gradio's own, for uploads; everything in it can be read by visitors."""
+    talker = Talker(assistant, folder, limits, system)
+    events = Events(talker, limits)
+    keep = (max(1, limits.stored_seconds // 6), limits.stored_seconds)
+    with gr.Blocks(title=f"{name} · ConvLLaVA", analytics_enabled=False, delete_cache=keep, fill_width=True) as page:
+        gr.HTML(header(name, assistant), elem_id="header")
+        conversation = gr.State(Conversation(), time_to_live=limits.stored_seconds)
+        question = gr.Textbox(
+            placeholder="What is in the picture?", label="Question", show_label=False, submit_btn="Ask",
+            lines=1, max_lines=6, max_length=limits.question_characters, elem_id="question", autofocus=False,
+            render=False,
+        )  # fmt: skip
+        with gr.Row(elem_id="columns"):
+            with gr.Column(scale=4, min_width=300):
+                picture = PictureInput(
+                    label="Picture", sources=["upload", "clipboard"], type="filepath", image_mode=None, height=340,
+                    buttons=["fullscreen"], elem_id="picture", alt_text="The picture that the questions are about",
+                )  # fmt: skip
+                gr.Examples(
+                    [list(example) for example in write_examples(folder / "examples")], [picture, question],
+                    label="Examples", cache_examples=False, visible_columns=[0], elem_id="examples",
+                )  # fmt: skip
+                resolution = gr.Radio(
+                    list(talker.presets),
+                    value=next(iter(talker.presets)),
+                    label="The model sees",
+                    elem_id="resolution",
+                )
+                with gr.Accordion("Answer settings", open=False, elem_id="settings"):
+                    length = gr.Slider(
+                        1, limits.answer_tokens, max_new_tokens, step=1, label="Longest answer, in tokens"
+                    )
+                    warmth = gr.Slider(
+                        0, limits.temperature, temperature, step=0.05, label="Temperature",
+                        info="0 always takes the likeliest word",
+                    )  # fmt: skip
+            with gr.Column(scale=6, min_width=300):
+                chat = gr.Chatbot(
+                    label="Conversation", show_label=False, elem_id="chat", height=None, buttons=["copy"],
+                    render_markdown=False, feedback_options=None, placeholder="", layout="bubble",
+                )  # fmt: skip
+                status = gr.HTML(note(HINT), elem_id="status")
+                question.render()
+                restart = gr.Button("New conversation", size="sm", variant="secondary", elem_id="restart")
+
+        question_and_settings = [picture, question, resolution, length, warmth, conversation]
+        asked = question.submit(events.begin, None, question, queue=False, show_progress="hidden", api_name=False)
+        answered = asked.then(
+            events.ask,
+            question_and_settings,
+            [chat, status, question, conversation],
+            concurrency_limit=1,
+            concurrency_id="model",
+            show_progress="hidden",
+            api_name=False,
+        )
+        answered.then(events.end, None, question, queue=False, show_progress="hidden", api_name=False)
+        # Naming all that the question would have changed takes Gradio's own mark of an error off it.
+        answered.failure(
+            events.fail,
+            None,
+            [question, status, chat, conversation],
+            queue=False,
+            show_progress="hidden",
+            api_name=False,
+        )
+        gr.Button(visible=False).click(
+            events.ask_by_program,
+            question_and_settings,
+            [chat, status, conversation],
+            concurrency_limit=1,
+            concurrency_id="model",
+            api_name="ask",
+        )
+        question.stop(events.stop, queue=False, show_progress="hidden", api_name="stop")
+        picture.change(
+            events.look, picture, [picture, chat, conversation, status], queue=False, show_progress="hidden",
+            api_name="look",
+        )  # fmt: skip
+        picture.clear(functools.partial(note, HINT), None, status, queue=False, show_progress="hidden", api_name=False)
+        gr.on(
+            [restart.click, chat.clear], events.restart, None, [chat, conversation, status],
+            queue=False, show_progress="hidden", api_name="restart",
+        )  # fmt: skip
+        page.unload(events.leave)
+    page.queue(max_size=limits.queue, status_update_rate=1, api_open=False)  # no way round the queue
+    return page
+
+
+def launch(page: gr.Blocks, host: str, port: int | None, folder: Path, limits: Limits) -> str:
+    """Serve a page from threads of this process; its address.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    guard = Middleware(Guard, upload_bytes=limits.upload_bytes, stored_bytes=limits.stored_bytes, folder=str(folder))
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        max_threads=limits.queue + 8,
+        max_file_size=limits.upload_bytes,
+        state_session_capacity=500,
+        allowed_paths=[],
+        show_error=False,  # `gr.Error` is shown all the same; texts of other exceptions name files of this machine
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        footer_links=["settings"],
+        app_kwargs={"middleware": [guard]},
+        theme=theme(),
+        css=CSS,
+        head=HEAD,
+    )
+    return url
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's own look with the system's fonts: no font is fetched from anywhere."""
+    sans, mono = ("system-ui", "-apple-system", "Segoe UI", "sans-serif"), ("ui-monospace", "Consolas", "monospace")
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
+
+
+def messages(conversation: Conversation, text: Callable[[str], str]) -> list[dict]:
+    """A conversation as `gr.Chatbot` takes it, the pictures with boxes below the answers that they belong to.
+
+    `text`: what is done to texts; the browser reads what looks like a tag as one, though they are no Markdown.
+    """
+    shown = []
+    for turn in conversation.turns:
+        shown.append({"role": "user", "content": text(turn.question)})
+        if turn.answer:
+            shown.append({"role": "assistant", "content": text(turn.answer)})
+        if turn.drawn:
+            alt = "The picture, with the boxes that the answer names"
+            shown.append({"role": "assistant", "content": {"path": turn.drawn, "alt_text": alt}})
+    return shown
+
+
+def header(name: str, assistant: Assistant) -> str:
+    runs = f"{assistant.device.type.upper()}, {str(assistant.dtype).removeprefix('torch.')}"
+    return f"<h1>{html.escape(name)}</h1><p>ConvLLaVA: high-resolution pictures in few visual tokens · {runs}</p>"
+
+
+def note(text: str) -> str:
+    return f"<div class='note' role='status'>{html.escape(text)}</div>"
+
+
+def complaint(text: str) -> str:
+    return f"<div class='complaint' role='alert'>{html.escape(text)}</div>"
+
+
+def figures(update: Update) -> str:
+    """What the answer takes, as it becomes known."""
+    known: Figures = update.figures
+    cells = [
+        ("resolution", f"{known.seen.width} × {known.seen.height} px"),
+        ("visual tokens", str(known.visual_tokens)),
+        ("first token", "…" if known.first_token_seconds is None else f"{known.first_token_seconds:.2f} s"),
+    ]
+    if known.new_tokens is not None and known.seconds:
+        cells.append(("answer", f"{known.new_tokens} tokens in {known.seconds:.1f} s"))
+    if known.boxes:
+        cells.append(("boxes", str(known.boxes)))
+    if known.ended is not None:
+        cells.append(("ended", known.ended))
+    items = "".join(f"<div><dt>{html.escape(what)}</dt><dd>{html.escape(value)}</dd></div>" for what, value in cells)
+    live = "off" if not update.done else "polite"  # a screen reader hears the figures once, not with every word
+    return f"<dl class='figures' role='status' aria-live='{live}'>{items}</dl>"

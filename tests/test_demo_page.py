@@ -1,0 +1,398 @@
+"""The web page as programs reach it: Gradio's own client, and plain HTTP for what a browser would never send."""
+
+import http.client
+import json
+import re
+import time
+import urllib.parse
+import uuid
+from pathlib import Path
+
+import pytest
+from conftest import make_picture
+from demo_models import BOXES, LONG, PLAIN, scripted_assistant
+from PIL import Image
+
+from convllava_hf import demo
+from convllava_hf.demo.limits import Limits
+
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+
+from convllava_hf.demo.serving import page_of  # noqa: E402
+from convllava_hf.errors import ConvLlavaError  # noqa: E402
+
+
+SIDE = "128 × 128 px · 4 visual tokens"
+UPLOAD = 300_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return scripted_assistant(seconds_a_token=0.005)
+
+
+@pytest.fixture(scope="module")
+def url(assistant):
+    with page_of(assistant, "scripted", limits=Limits(queue=3, upload_bytes=UPLOAD)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    client = gradio_client.Client(url, verbose=False)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    make_picture(300, 400).save(tmp_path / "picture.jpg")
+    return str(tmp_path / "picture.jpg")
+
+
+def question(picture, text: str = "What?", resolution: str = SIDE, length: int = 512, heat: float = 0.0) -> list:
+    return [gradio_client.handle_file(picture) if picture else None, text, resolution, length, heat]
+
+
+def ask(client, *args, **kwargs):
+    """Messages of the conversation, and what the status says without its markup."""
+    messages, status = client.predict(*question(*args, **kwargs), api_name="/ask")
+    return [texts(message) for message in messages], re.sub("<[^>]+>", " ", status)
+
+
+def texts(message) -> str:
+    """What a message says; of a picture, its file."""
+    parts = [part.get("text") or part["file"] for part in message["content"]]
+    return parts[0] if isinstance(parts[0], str) else parts[0]["path"]
+
+
+def refusal(client, *args, **kwargs) -> str:
+    with pytest.raises(gradio_client.exceptions.AppError) as caught:
+        ask(client, *args, **kwargs)
+    return str(caught.value)
+
+
+def test_ask_and_follow_up(client, picture, assistant):
+    messages, status = ask(client, picture, "What is on the sign?")
+    assert messages == ["What is on the sign?", PLAIN]
+    assert re.search(r"visual tokens\s+4\s+first token\s+\d+\.\d\d s\s+answer\s+\d+ tokens in", status)
+    messages, _ = ask(client, picture, "And below?")
+    assert messages == ["What is on the sign?", PLAIN, "And below?", PLAIN]
+    assert PLAIN in assistant.model.prompts[-1]
+
+
+def test_answers_stream(client, picture):
+    job = client.submit(*question(picture), api_name="/ask")
+    job.result(timeout=60)
+    said = [texts(output[0][-1]) for output in job.outputs()]
+    assert len(set(said)) > 3 and said[-1] == PLAIN
+
+
+def test_a_smaller_resolution_costs_fewer_tokens(client, picture):
+    _, status = ask(client, picture, resolution="64 × 64 px · 1 visual token")
+    assert re.search(r"resolution\s+64 × 64 px\s+visual tokens\s+1\s", status)
+
+
+def test_boxes_come_as_a_picture(client, picture):
+    messages, status = ask(client, picture, "Where? Give a box.")
+    assert messages[1] == BOXES and re.search(r"boxes\s+2", status)
+    with Image.open(messages[2]) as drawn:
+        assert drawn.size == (400, 300)
+
+
+def test_visitors_do_not_see_each_others_conversations(url, client, picture):
+    ask(client, picture, "Mine?")
+    other = gradio_client.Client(url, verbose=False)
+    messages, _ = ask(other, picture, "Yours?")
+    assert messages == ["Yours?", PLAIN]
+    messages, _ = ask(client, picture, "Mine again?")
+    assert messages == ["Mine?", PLAIN, "Mine again?", PLAIN]
+
+
+def test_stop_ends_the_generation(client, picture, assistant):
+    job = client.submit(*question(picture, "Say a long thing"), api_name="/ask")
+    _until(lambda: len(job.outputs()) > 3)
+    client.predict(api_name="/stop")
+    messages, status = job.result(timeout=10)
+    said = texts(messages[1])
+    assert said and LONG.startswith(said) and len(said) < len(LONG)
+    assert re.search(r"ended.*stopped", status)
+    assert assistant.model.generating == 0 and assistant.model.generated < 500
+    assert ask(client, picture, "Again?")[0][-1] == PLAIN
+
+
+def test_a_visitor_who_goes_away_ends_the_generation(url, picture, assistant):
+    client = gradio_client.Client(url, verbose=False)
+    job = client.submit(*question(picture, "Say a long thing"), api_name="/ask")
+    _until(lambda: len(job.outputs()) > 1)
+    job.cancel()
+    _until(lambda: assistant.model.generating == 0)
+    assert assistant.model.generated < 500
+
+
+def _until(condition, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- bad input
+
+
+def test_bad_input_is_answered_clearly_and_the_next_question_works(client, picture, tmp_path, caplog):
+    (tmp_path / "text.jpg").write_text("no picture at all")
+    content = (tmp_path / "picture.jpg").read_bytes()
+    (tmp_path / "broken.jpg").write_bytes(content[: len(content) // 2])
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    for arguments, message in [
+        ((None,), "There is no picture yet"),
+        ((str(tmp_path / "text.jpg"),), "no picture that can be read"),
+        ((str(tmp_path / "broken.jpg"),), "damaged or incomplete"),
+        ((str(tmp_path / "bomb.png"),), "too large"),
+        ((picture, "  "), "no question yet"),
+        ((picture, "x" * 5000), "5000 characters"),
+        ((picture, "What?", "9 px"), "9 px"),
+        ((picture, "What?", SIDE, 100_000), "1024"),
+        ((picture, "What?", SIDE, 512, 50.0), "2"),
+    ]:
+        told = refusal(client, *arguments)
+        assert message in told and str(tmp_path) not in told
+    messages, _ = ask(client, picture, "What does <image> mean?")
+    assert messages == ["What does <image> mean?", PLAIN]
+
+
+def test_a_fault_of_the_program_is_told_without_its_details(client, picture, caplog):
+    told = refusal(client, picture, "break")
+    assert "Something went wrong on the server" in told and "secret" not in told
+    assert "a fault with a /secret/path in it" in caplog.text  # and logged whole
+    assert ask(client, picture)[0] == ["What?", PLAIN]
+
+
+def test_a_broken_picture_is_told_as_soon_as_it_is_dropped(client, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture at all")
+    picture, messages, status = client.predict(gradio_client.handle_file(str(tmp_path / "text.jpg")), api_name="/look")
+    assert messages == [] and "no picture that can be read" in status and "role='alert'" in status
+    assert not picture or picture.get("value") is None
+
+
+def test_a_hundred_messages(client, picture):
+    """One visitor's conversation grows until it is refused; the refusal says what to do, and that works."""
+    with pytest.raises(gradio_client.exceptions.AppError, match="Start a new one") as caught:
+        for number in range(100):
+            ask(client, picture, f"Question {number}?", length=1)
+    assert "has 30 questions" in str(caught.value)
+    client.predict(api_name="/restart")
+    assert ask(client, picture, "New?")[0] == ["New?", PLAIN]
+
+
+def test_many_visitors_at_once_are_answered_or_told_that_it_is_full(url, picture, assistant):
+    clients = [gradio_client.Client(url, verbose=False) for _ in range(8)]
+    jobs = [clients[number % 8].submit(*question(picture, "Hi?"), api_name="/ask") for number in range(40)]
+    answered, refused = 0, set()
+    for job in jobs:
+        try:
+            answered += texts(job.result(timeout=120)[0][-1]) == PLAIN
+        except Exception as error:  # noqa: BLE001
+            refused.add(str(error))
+    assert answered >= 4
+    assert refused and all("full" in message for message in refused)
+    assert ask(clients[0], picture, "Still there?")[0][-1] == PLAIN
+
+
+# --- what strangers can reach
+
+
+def request(url: str, method: str, path: str, body: bytes | None = None, **headers) -> tuple[int, bytes]:
+    """A request whose path goes over the wire as it is written here."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=30)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def form(content: bytes, name: str = "a.png") -> tuple[bytes, str]:
+    boundary = uuid.uuid4().hex
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+    body = head.encode() + b"Content-Type: image/png\r\n\r\n" + content + f"\r\n--{boundary}--\r\n".encode()
+    return body, f"multipart/form-data; boundary={boundary}"
+
+
+def upload(url: str, content: bytes, name: str = "a.png") -> tuple[int, bytes]:
+    body, content_type = form(content, name)
+    return request(url, "POST", "/gradio_api/upload", body, Content_Type=content_type)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "//etc/passwd",
+        "../../../../etc/passwd",
+        "%2Fetc%2Fpasswd",
+        "/proc/self/environ",
+        "pyproject.toml",
+        "file:///etc/passwd",
+        "{folder}/../../etc/passwd",
+        "{tests}",
+    ],
+)
+def test_files_of_the_host_cannot_be_read(url, path, client, picture):
+    folder = _folder_of(url, client, picture)
+    path = path.format(folder=folder, tests=urllib.parse.quote(__file__))
+    for prefix in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"):
+        status, body = request(url, "GET", prefix + path)
+        assert status in (403, 404, 405), (prefix, status)
+        assert b"root:" not in body and b"PATH=" not in body and b"import" not in body
+
+
+def _folder_of(url, client, picture) -> str:
+    """Where the server keeps uploads, as its answer to one says."""
+    status, body = upload(url, open(picture, "rb").read())
+    assert status == 200
+    return json.loads(body)[0].rpartition("/")[0].rpartition("/")[0]
+
+
+def test_an_upload_can_be_read_by_who_knows_where_it_is(url, picture):
+    content = open(picture, "rb").read()
+    _, body = upload(url, content)
+    assert request(url, "GET", f"/gradio_api/file={json.loads(body)[0]}") == (200, content)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/etc/hostname", __file__, "../../etc/passwd", "file:///etc/passwd"])
+def test_a_question_cannot_name_a_file_of_the_host_as_its_picture(url, path):
+    told = _join(url, {"path": path, "meta": {"_type": "gradio.FileData"}})
+    assert "process_completed" in told and '"success": false' in told.replace('":false', '": false')
+    assert "root:" not in told and path not in told
+
+
+def test_a_question_cannot_make_the_server_fetch_an_address(url, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(
+        "gradio.processing_utils.async_ssrf_protected_download", lambda *args, **_: fetched.append(args)
+    )
+    for address in ("http://127.0.0.1:9/a.png", "https://example.com/a.png", "http://169.254.169.254/latest"):
+        for picture_data in (
+            {"path": address, "meta": {"_type": "gradio.FileData"}},
+            {"path": "", "url": address, "meta": {"_type": "gradio.FileData"}},
+        ):
+            told = _join(url, picture_data)
+            assert "process_generating" not in told and "process_completed" in told
+            assert "from your device" in told or picture_data["path"] == ""
+    assert fetched == []
+
+
+def _join(url: str, picture: dict) -> str:
+    """What the server streams back to a question with this picture, sent as a program of ill will would."""
+    config = json.loads(request(url, "GET", "/config")[1])
+    index = next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "ask")
+    session = uuid.uuid4().hex[:10]
+    body = {"data": [picture, "What?", SIDE, 8, 0, None], "fn_index": index, "session_hash": session}
+    status, answer = request(
+        url, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), Content_Type="application/json"
+    )
+    assert status == 200, answer
+    return request(url, "GET", f"/gradio_api/queue/data?session_hash={session}")[1].decode()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=http://127.0.0.1:9/a",
+        "/gradio_api/file=https://example.com/",
+        "/gradio_api/proxy=https://example.com/",
+        "/gradio_api/deep_link?session_hash=a",
+        "/gradio_api/runs",
+        "/gradio_api/vibe-code",
+        "/gradio_api/dev/reload",
+        "/gradio_api/custom_component/0/client/component/index.js",
+        "/monitoring",
+        "/docs",
+        "/openapi.json",
+    ],
+)
+def test_what_the_page_does_not_need_is_closed(url, path):
+    assert request(url, "GET", path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/gradio_api/component_server", "/gradio_api/vibe-edit", "/gradio_api/process_recording"]
+)
+def test_what_would_change_the_page_is_closed(url, path):
+    assert request(url, "POST", path, b"{}", Content_Type="application/json")[0] == 404
+
+
+def test_the_queue_cannot_be_passed_by(url):
+    config = json.loads(request(url, "GET", "/config")[1])
+    index = next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "ask")
+    body = json.dumps({"data": [None, "What?", SIDE, 8, 0, None], "fn_index": index, "session_hash": "abc"}).encode()
+    status, _ = request(url, "POST", "/gradio_api/run/predict", body, Content_Type="application/json")
+    assert status >= 400
+    assert request(url, "POST", "/gradio_api/run/ask", body, Content_Type="application/json")[0] == 404
+
+
+def test_uploads_are_bounded(url):
+    assert upload(url, b"x" * (UPLOAD - 1000))[0] == 200
+    status, body = upload(url, b"x" * (UPLOAD + 100_000))
+    assert status == 413 and b"too large" in body
+    assert upload(url, b"x" * (UPLOAD + 100))[0] in (400, 413)  # within the request's bound, not within the file's
+    chunks = iter([b"x"])
+    assert request(url, "POST", "/gradio_api/upload", chunks, Transfer_Encoding="chunked")[0] == 411
+
+
+def test_stored_uploads_are_bounded(assistant):
+    limits = Limits(upload_bytes=200_000, stored_bytes=500_000)
+    with page_of(assistant, "scripted", limits=limits) as url:
+        statuses = [upload(url, bytes([number]) * 150_000)[0] for number in range(6)]
+        assert statuses[0] == 200 and statuses[-1] == 503
+        assert request(url, "GET", "/")[0] == 200
+
+
+def test_uploads_and_drawings_are_deleted_and_the_examples_stay(assistant, picture):
+    with page_of(assistant, "scripted", limits=Limits(stored_seconds=2)) as url:
+        client = gradio_client.Client(url, verbose=False, download_files=False)
+        _, body = upload(url, open(picture, "rb").read() + b"never asked about")
+        folder = Path(json.loads(body)[0]).parents[1]
+        messages, _ = client.predict(*question(picture, "Where? Give a box."), api_name="/ask")
+        assert Path(messages[2]["content"][0]["file"]["path"]).is_file()
+        examples = json.loads(request(url, "GET", "/config")[1])
+        example = next(part for part in examples["components"] if part["type"] == "dataset")["props"]["samples"][0][0]
+        asked = _join(url, {"path": example["path"], "meta": {"_type": "gradio.FileData"}})
+        assert "visual tokens" in asked
+
+        def files() -> set[str]:
+            return {path.name for path in folder.rglob("*") if path.is_file()}
+
+        _until(lambda: files() == {"street-sign.png", "receipt.png", "rain.png", "table.png"})
+        time.sleep(2)
+        assert Path(example["path"]).is_file()
+
+
+def test_names_of_uploads_stay_in_their_folder(url):
+    status, body = upload(url, b"x", name="../../../../tmp/outside.png")
+    assert status in (200, 400)
+    if status == 200:
+        path = json.loads(body)[0]
+        assert ".." not in path and "/convllava-demo-" in path
+
+
+def test_every_answer_keeps_the_browser_on_this_page(url):
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc)
+    connection.request("GET", "/")
+    policy = connection.getresponse().headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy and "http" not in policy and "*" not in policy
+
+
+def test_gradio_leaves_the_packages_folder_as_it_is(url):
+    assert list(Path(demo.__file__).parent.glob("*.pyi")) == []
+
+
+def test_a_taken_port_is_told(url, assistant):
+    port = urllib.parse.urlsplit(url).port
+    with (
+        pytest.raises(ConvLlavaError, match=f"port {port}.*--port"),
+        page_of(assistant, "scripted", port=port, limits=Limits()),
+    ):
+        pass
