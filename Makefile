@@ -64,5 +64,5 @@ $(VENV)/.installed-dev: pyproject.toml
 
 $(COMPAT_VENV)/.installed-compat: pyproject.toml
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python $(PIP) torch==$(COMPAT_TORCH) transformers==$(TRANSFORMERS) pytest --editable .
+	$(COMPAT_VENV)/bin/python $(PIP) torch==$(COMPAT_TORCH) transformers==$(TRANSFORMERS) pytest peft --editable .
 	touch $@

@@ -13,13 +13,15 @@ def main(folder: str) -> None:
     package = unpacked / "convllava_hf"
     sources = {path: package / path.relative_to(ROOT / "src" / "convllava_hf") for path in ROOT.glob("src/**/*.py")}
     sources |= {path: package / "modeling" / path.name for path in (ROOT / "modeling").iterdir() if path.is_file()}
+    card = Path("publish") / "MODEL_CARD.md"
+    sources[ROOT / "src" / "convllava_hf" / card] = package / card
     recipes = (ROOT / "recipes" / "miniature").glob("*.yaml")
     sources |= {path: package / "miniature" / "recipes" / path.name for path in recipes}
     if missing := [str(source.relative_to(ROOT)) for source, there in sources.items() if not there.is_file()]:
         sys.exit(f"The wheel lacks {', '.join(missing)}: see [tool.setuptools] in pyproject.toml")
 
     sys.path.insert(0, str(unpacked))
-    for name in ("convllava_hf.modeling", "convllava_hf.cli", "convllava_hf.convert", "convllava_hf.inference"):
+    for name in ("convllava_hf.modeling", "convllava_hf.cli", "convllava_hf.convert", "convllava_hf.inference", "convllava_hf.publish"):
         module = import_module(name)
         if unpacked not in Path(module.__file__).parents:
             sys.exit(f"{name} was imported from {module.__file__}, not from {unpacked}")

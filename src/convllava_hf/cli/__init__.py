@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import ConvLlavaError
-from . import ask, assemble, chat, convert, data, quickstart, train
+from . import ask, assemble, chat, convert, data, demo, push, quickstart, train
 
 
-COMMANDS = (quickstart, convert, assemble, ask, chat, data, train)
+COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, push)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -27,7 +27,7 @@ _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="convllava", description="Convert, assemble and ask ConvLLaVA models through transformers."
+        prog="convllava", description="Convert, assemble, ask, train and publish ConvLLaVA models through transformers."
     )
     parser.add_argument("--version", action="version", version=f"convllava {version('convllava-hf')}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
