@@ -21,8 +21,8 @@ def main(folder: str) -> None:
         sys.exit(f"The wheel lacks {', '.join(missing)}: see [tool.setuptools] in pyproject.toml")
 
     sys.path.insert(0, str(unpacked))
-    for name in ("convllava_hf.modeling", "convllava_hf.cli", "convllava_hf.convert", "convllava_hf.inference", "convllava_hf.publish"):
-        module = import_module(name)
+    for name in ("modeling", "cli", "convert", "inference", "publish"):
+        module = import_module(f"convllava_hf.{name}")
         if unpacked not in Path(module.__file__).parents:
             sys.exit(f"{name} was imported from {module.__file__}, not from {unpacked}")
 

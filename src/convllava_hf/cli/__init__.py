@@ -27,7 +27,8 @@ _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="convllava", description="Convert, assemble, ask, train and publish ConvLLaVA models through transformers."
+        prog="convllava",
+        description="Convert, assemble, ask, train and publish ConvLLaVA models through transformers.",
     )
     parser.add_argument("--version", action="version", version=f"convllava {version('convllava-hf')}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
