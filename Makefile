@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
-# `make test-compat TRANSFORMERS=4.57.6`: CPU only, one version of transformers, no torchvision and no extras.
+# `make test-compat TRANSFORMERS=4.57.6`: CPU only, one version of transformers, no torchvision, of the extras peft alone.
 TRANSFORMERS ?= 4.57.6
 COMPAT_TORCH ?= 2.13.0
 COMPAT_VENV := .venv-$(TRANSFORMERS)
@@ -48,7 +48,7 @@ wheel: $(VENV)/.installed-dev ## build the wheel, and use it without the checkou
 	cd build && $(abspath $(BIN))/python $(CURDIR)/tests/check_wheel.py wheel
 
 clean: ## remove what the targets made, environments included
-	rm -rf $(VENV) .venv-* build dist quickstart .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist quickstart findings .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an environment is made anew when pyproject.toml is newer than it.

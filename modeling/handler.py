@@ -37,7 +37,7 @@ import time
 from urllib.parse import quote, urljoin, urlsplit
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 # PIL would hand an EPS to Ghostscript, and knows formats that nobody has looked at for decades.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+_CONNECT_SECONDS = 5.0  # to one address; then the next is tried
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PRIVATE_USE = re.compile("[\U000f0000-\U000fffff]")  # transformers marks with these what a user typed
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # IPv6 outside of it is no host's or wraps an IPv4 address
@@ -79,7 +80,8 @@ class Limits:
     """What a request may cost; an endpoint's environment sets them: `CONVLLAVA_MAX_PIXELS` for `max_pixels`.
 
     `max_pixels`, `max_bytes` and `fetch_seconds` are for all pictures of one input together: pixels after decoding,
-    bytes before it, seconds until the last one is there, with all redirects.
+    bytes before it, seconds until the last one is there, with all redirects. PIL itself opens no picture of more than
+    about 179 million pixels.
     """
 
     max_inputs: int = 8
@@ -397,14 +399,17 @@ class _PictureReader:
             raise RequestError(
                 415, f"{_shown(source)} is not a picture that can be read; expected one of {', '.join(_FORMATS)}."
             ) from error
+        except Exception as error:  # PIL's parsers let through whatever they stumble over
+            raise _undecodable(source, error) from error
         width, height = picture.size
         if width * height > self.pixels_left:
             raise self._too_many_pixels(f"{_shown(source)} has {width} x {height} pixels")
         self.pixels_left -= width * height
         try:
             picture.load()
-        except Exception as error:  # PIL's parsers let through whatever they stumble over
-            raise RequestError(415, f"The picture {_shown(source)} cannot be decoded: {error}") from error
+            ImageOps.exif_transpose(picture, in_place=True)  # broken Exif data are to be found here, too
+        except Exception as error:
+            raise _undecodable(source, error) from error
         # The image processor makes a square of the longer side. That must keep to the limit as well.
         side = math.isqrt(self.limits.max_pixels)
         if max(picture.size) > side:
@@ -505,12 +510,13 @@ class _Request:
         for number, address in enumerate(addresses[:3], 1):
             try:
                 # A number has nothing to resolve, so this cannot lead elsewhere than to what was checked.
-                connected = socket.create_connection((address, self.port), min(5.0, self._seconds_left()))
+                connected = socket.create_connection((address, self.port), min(_CONNECT_SECONDS, self._seconds_left()))
                 break
             except OSError:
                 if number == len(addresses[:3]):
                     raise
         self._closing.enter_context(connected)
+        connected.settimeout(self._seconds_left())
         self._end_in_time(connected)
         if not self.is_https:
             return connected
@@ -558,6 +564,10 @@ def _is_public(address: str) -> bool:
     if ip.version == 6 and ip not in _GLOBAL_UNICAST:
         return False
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
+
+
+def _undecodable(source: str, error: Exception) -> RequestError:
+    return RequestError(415, f"The picture {_shown(source)} cannot be decoded: {error}")
 
 
 def _shown(value) -> str:

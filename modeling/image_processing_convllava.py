@@ -215,7 +215,7 @@ def _to_picture(image, input_data_format, do_convert_rgb: bool) -> Image.Image:
     if isinstance(image, Image.Image):
         try:
             picture = ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError) as error:  # PIL decodes late
+        except Exception as error:  # PIL decodes late, and lets through whatever its parsers stumble over
             raise ValueError(f"The picture {image!r} cannot be decoded: {error}") from error
     else:
         picture = _from_array(image, input_data_format)

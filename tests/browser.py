@@ -73,7 +73,7 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30):
+    def wait(self, expression: str, seconds: float = 90):
         """The expression's value once it is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.evaluate(expression)):

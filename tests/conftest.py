@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import functools  # noqa: E402
+import io  # noqa: E402
 import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -126,6 +127,14 @@ def make_picture(height: int = 100, width: int = 60, seed: int = 0, mode: str = 
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     noise = rng.integers(-20, 20, (height, width, 3))
     return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def picture_with_broken_exif() -> bytes:
+    """A JPEG of whole pixels, beside data that PIL reads and stumbles over when it turns the picture upright."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010E] = 6, "a text"  # orientation, description
+    make_picture().save(buffer, format="JPEG", exif=exif)
+    return buffer.getvalue().replace(b"\x01\x0e", b"\x01\x00", 1)  # the text becomes that of the width
 
 
 def ask(question: str, *pictures) -> list[dict]:

@@ -13,7 +13,9 @@ from huggingface_hub import constants
 def own_hub(monkeypatch) -> Iterator[Hub]:
     """A fresh double that this process and its children take for the Hub, with a token that can write."""
     with serve_hub() as hub:
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": hub.url}.items():
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patched = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": files}
+        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, **patched}.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

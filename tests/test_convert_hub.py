@@ -44,12 +44,14 @@ def test_tower_in_a_repository_of_its_own(hub, golden, tmp_path):
         convert_checkpoint("example/convllava-tiny", values["out"] + "/remote", progress=False)
         convert_checkpoint(values["source"], values["out"] + "/local", progress=False)
         remote, local = (load_file(values["out"] + f"/{name}/model.safetensors") for name in ("remote", "local"))
-        result = remote.keys() == local.keys() and all((remote[name] == local[name]).all().item() for name in local)
+        same = remote.keys() == local.keys() and all((remote[name] == local[name]).all().item() for name in local)
+        from convllava_hf.record import read_record
+        result = same, read_record(values["out"] + "/remote")["origin"]
         """,
         source=source,
         out=tmp_path,
     )
-    assert result is True
+    assert result == [True, {"checkpoint": "example/convllava-tiny", "vision_tower": "example/convnext-tiny-320"}]
 
 
 def test_parts_by_id(hub, tmp_path):

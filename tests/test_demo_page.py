@@ -370,6 +370,18 @@ def test_uploads_and_drawings_are_deleted_and_the_examples_stay(assistant, pictu
         assert Path(example["path"]).is_file()
 
 
+@pytest.mark.parametrize("name", ["a.html", "a.svg", "a.xml", "a"])
+def test_an_uploaded_page_is_not_shown_as_one(url, name):
+    """Its scripts would run as this page's own."""
+    content = b"<html xmlns='http://www.w3.org/1999/xhtml'><script>alert(1)</script></html>"
+    _, body = upload(url, content, name=name)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc)
+    connection.request("GET", f"/gradio_api/file={json.loads(body)[0]}")
+    headers = connection.getresponse().headers
+    assert headers["Content-Disposition"].startswith("attachment")
+    assert headers["X-Content-Type-Options"] == "nosniff"
+
+
 def test_names_of_uploads_stay_in_their_folder(url):
     status, body = upload(url, b"x", name="../../../../tmp/outside.png")
     assert status in (200, 400)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ask, make_model, make_picture
+from conftest import ask, make_model, make_picture, picture_with_broken_exif
 from fresh_process import run_fresh
 from handler_loading import MODELING, load_handler, make_repository
 from packaging.requirements import Requirement
@@ -235,6 +235,14 @@ def test_formats_of_the_web_are_read(handler, expected, kind):
     assert answer["generated_text"] == expected(ask(QUESTION, decoded))
 
 
+def test_a_picture_is_turned_upright(handler, expected):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    ONE.save(buffer, format="PNG", exif=exif)
+    answer = handler({"inputs": about(base64.b64encode(buffer.getvalue()).decode()), "parameters": TOKENS})
+    assert answer["generated_text"] == expected(ask(QUESTION, ONE.transpose(Image.Transpose.ROTATE_270)))
+
+
 def test_how_an_answer_ended_is_told(handler, monkeypatch, model, processor):
     answer = handler({"inputs": ASKED, "parameters": {"max_new_tokens": 5}})
     assert (answer["finish_reason"], answer["generated_tokens"]) == ("length", 5)
@@ -308,6 +316,7 @@ def about(picture) -> dict:
     return {"image": picture, "question": QUESTION}
 
 
+BROKEN_EXIF = base64.b64encode(picture_with_broken_exif()).decode()
 EPS = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n").decode()
 LONG_CHAT = [{"role": ("user", "assistant")[turn % 2], "content": "word " * 60} for turn in range(99)]
 BAD = {
@@ -325,6 +334,8 @@ BAD = {
     "no question": ({"inputs": {"image": ENCODED}}, 400, "no text in `question`"),
     "picture is a number": ({"inputs": about(5)}, 400, "part of type image without a URL or base64"),
     "broken picture": ({"inputs": about(ENCODED[: len(ENCODED) // 8 * 4])}, 415, "cannot be decoded"),
+    "broken header": ({"inputs": about(base64.b64encode(b"BM" + bytes(60)).decode())}, 415, "cannot be decoded"),
+    "broken Exif": ({"inputs": about(BROKEN_EXIF)}, 415, "cannot be decoded"),
     "gigantic picture": ({"inputs": about(png_of(20_000, 10_000))}, 413, "far too many pixels; 100000000 are"),
     "large picture": ({"inputs": about(png_of(12_000, 10_000))}, 413, "12000 x 10000 pixels; 100000000 are"),
     "many large": ({"inputs": about([png_of(9_000, 9_000)] * 2)}, 413, "9000 x 9000 pixels; 100000000 are"),

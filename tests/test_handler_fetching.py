@@ -58,6 +58,9 @@ class Pictures(BaseHTTPRequestHandler):
             self.send_forever(b"x", pause=0.1)
         elif path == "/slow-headers":
             self.send_forever(b"HTTP/1.1 200 OK\r\n" + b"X-A: " + b"a" * 10**6, pause=0.1, step=1)
+        elif path == "/late":
+            self.server.stop.wait(1.0)
+            self.answer(PNG)
         elif path == "/silent":
             self.server.stop.wait(PATIENCE)
         elif path == "/cut":
@@ -365,6 +368,11 @@ def test_a_server_that_takes_its_time_is_left(handler, internet, server, path):
     assert answer["status"] == 424
     assert "did not arrive within 1 seconds" in answer["error"]
     check_next_request(handler)
+
+
+def test_a_server_may_take_longer_for_its_answer_than_for_the_connection(handler, internet, server, monkeypatch):
+    monkeypatch.setattr(sys.modules["handler.EndpointHandler"], "_CONNECT_SECONDS", 0.5)
+    assert "error" not in handler(about("http://pictures.test/late"))
 
 
 def test_the_time_is_that_of_all_pictures_together(handler, internet, server):

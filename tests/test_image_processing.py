@@ -4,7 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_picture, picture_with_broken_exif
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -184,6 +184,7 @@ def truncated_jpeg() -> bytes:
         ("notes.txt", b"not a picture", ValueError, "notes.txt.* is not a picture"),
         ("empty.png", b"", ValueError, "empty.png.* is not a picture"),
         ("cut.jpg", truncated_jpeg(), ValueError, "cut.jpg.* cannot be decoded"),
+        ("exif.jpg", picture_with_broken_exif(), ValueError, "picture .* cannot be decoded"),
     ],
 )
 def test_bad_files_are_named(name, content, error, message, tmp_path):

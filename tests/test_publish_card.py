@@ -143,11 +143,14 @@ def test_the_training_record_gives_lineage_data_and_hyperparameters(staged):
     assert "torch 2.13.0" in training
 
 
-def test_paths_of_this_machine_do_not_get_into_a_record(tmp_path):
+def test_paths_of_this_machine_do_not_get_into_a_record(tmp_path, monkeypatch):
     write_record(tmp_path, origin={"vision_tower": "/home/me/tower", "language_model": "org/model"})
     assert read_record(tmp_path)["origin"] == {"vision_tower": "tower", "language_model": "org/model"}
     assert portable_name(r"C:\Users\me\tower") == "tower" and portable_name("~/tower") == "tower"
-    assert portable_name("data/llava/mix.json") == "data/llava/mix.json"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "mine").mkdir(parents=True)
+    assert portable_name("org/mine") == portable_name("./org/mine") == "mine"  # no id, though it looks like one
+    assert portable_name(".") == tmp_path.name and portable_name("org/theirs") == "org/theirs"
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"stages": 1}', '{"stages": [1], "origin": 2}'])

@@ -109,6 +109,7 @@ def test_the_checkpoints_own_code_is_kept_where_it_is_complete(model_folder, tmp
         ("NOTICE", "from /home/someone/data", "absolute path /home/someone"),
         ("generation_config.json", '{"cache": {"folder": "/data/models/cache"}}', "under cache.folder"),
         ("generation_config.json", '{"folder": "C:\\\\models\\\\cache"}', "absolute path"),
+        ("LICENSE.html", "\n<!-- /home/someone/data -->", "absolute path /home/someone"),
         ("NOTICE", "", "is empty"),
     ],
 )

@@ -1,5 +1,6 @@
 """`convllava push` from end to end: checked as a stranger would use it, published, loaded by id in a fresh process."""
 
+import base64
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import ask, make_picture
@@ -16,7 +18,6 @@ from PIL import Image
 from publishing import own_hub
 
 from convllava_hf import cli
-from convllava_hf.cli import push as push_command
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.publish import About, checks, push
 
@@ -39,10 +40,8 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """Runs the command line; returns exit code, stdout and stderr."""
-    if push_command not in cli.COMMANDS:
-        monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, push_command))
 
     def run(*arguments):
         code = cli.main(["push", *map(str, arguments)])
@@ -167,6 +166,21 @@ def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, picture, tmp
         ),
     )
     assert found == ids
+    published = tmp_path / "published"
+    published.mkdir()
+    for name, content in hub.files(REPO).items():
+        (published / name).parent.mkdir(exist_ok=True)
+        (published / name).write_bytes(content)
+    image = base64.b64encode(picture.read_bytes()).decode()
+    answer = run_fresh(
+        "sys.path.append(values['tests'])\nfrom handler_loading import load_handler\n"
+        "result = load_handler(values['folder'])(values['request'])",
+        env=fresh_hub_environment(hub),
+        folder=published,
+        tests=Path(__file__).parent,
+        request={"inputs": {"image": image, "question": QUESTION}, "parameters": {"max_new_tokens": 16}},
+    )
+    assert answer.get("generated_text") == processor.decode(ids, skip_special_tokens=True), answer
 
 
 def test_an_upload_that_was_killed_is_repeated(hub, wide_checkpoint, checkpoint, tmp_path):
@@ -184,11 +198,8 @@ def test_an_upload_that_was_killed_is_repeated(hub, wide_checkpoint, checkpoint,
             killed.wait(120)
 
     hub.fault = hang
-    program = (
-        "import sys\nfrom convllava_hf import cli\nfrom convllava_hf.cli import push\n"
-        "cli.COMMANDS = (*cli.COMMANDS, push) if push not in cli.COMMANDS else cli.COMMANDS\nsys.exit(cli.main())"
-    )
-    command = [sys.executable, "-c", program, "push", str(source), REPO, "--license", "mit", "--max-shard-size", "1MB"]
+    command = [sys.executable, "-m", "convllava_hf", "push", str(source), REPO, "--license", "mit"]
+    command += ["--max-shard-size", "1MB"]
     environment = fresh_environment(tmp_path / "home", **{**fresh_hub_environment(hub), "HF_TOKEN": "hf_writer"})
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     came_so_far = reached.wait(120)
@@ -289,6 +300,16 @@ def test_a_conflict_and_force_from_the_command_line(hub, command, checkpoint, un
     assert hub.files(REPO)["README.md"] == b"By hand."
     assert command(checkpoint, REPO, "--license", "mit", "--force")[0] == 0
     assert hub.files(REPO)["README.md"].startswith(b"---\n")
+
+
+def test_a_branch_and_a_pull_request_leave_main_alone(hub, command, checkpoint, unasked):
+    assert command(checkpoint, REPO, "--license", "mit")[0] == 0
+    before = hub.files(REPO)
+    assert command(checkpoint, REPO, "--license", "apache-2.0", "--revision", "v2")[0] == 0
+    assert command(checkpoint, REPO, "--license", "gpl", "--create-pr")[1].strip().endswith("/discussions/1")
+    assert hub.files(REPO) == before
+    for revision, license in {"v2": b"apache-2.0", "refs/pr/1": b"gpl"}.items():
+        assert b"license: " + license in hub.files(REPO, revision)["README.md"]
 
 
 def test_an_adapter_in_place_of_a_model_takes_the_model_away(hub, checkpoint, unasked, tmp_path):

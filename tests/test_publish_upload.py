@@ -259,6 +259,7 @@ def test_where_tokens_come_from(monkeypatch, tmp_path):
     with pytest.raises(ConvLlavaError, match="HF_TOKEN is not set"):
         find_token("environment")
     saved.unlink()
+    assert find_token(required=False) is None
     for source in (None, "login"):
         with pytest.raises(ConvLlavaError, match="hf auth login"):
             find_token(source)

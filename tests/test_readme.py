@@ -43,8 +43,10 @@ def test_make_targets_exist(argv):
 
 
 def test_all_commands_are_looked_at():
-    assert {line[0] for line in command_lines()} == {"convllava", "make", "transformers", "pip", "accelerate"}
+    ours = {"convllava", "make", "transformers", "pip", "accelerate"}
+    assert {line[0] for line in command_lines()} == ours | {"vllm", "python"}
     assert [argv[0] for argv in commands("transformers")] == ["serve"]  # tests/test_serve.py runs it
+    assert [argv[:2] for argv in commands("python")] == [["-m", "sglang.launch_server"]]
     assert {argv[0] for argv in commands("convllava")} >= {"convert", "ask", "chat", "assemble"}
 
 

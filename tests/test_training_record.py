@@ -1,7 +1,11 @@
 """What a run writes down for the model card, compared with the recipe and with the trainer itself."""
 
+import json
+
 import pytest
 import yaml
+from huggingface_hub import constants
+from publishing import own_hub
 
 
 pytest.importorskip("trl")
@@ -9,12 +13,14 @@ pytest.importorskip("datasets")
 
 from conftest import GOLDEN  # noqa: E402
 from training_runs import RECIPES, STAGES, logged, run  # noqa: E402
+from trl import ModelConfig  # noqa: E402
 
 from convllava_hf.publish import About  # noqa: E402
 from convllava_hf.publish.card import CardInput, render_card  # noqa: E402
 from convllava_hf.publish.checks import check_files  # noqa: E402
 from convllava_hf.publish.files import stage  # noqa: E402
 from convllava_hf.record import read_record  # noqa: E402
+from convllava_hf.training.record import record_before  # noqa: E402
 
 
 FEW = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
@@ -26,6 +32,7 @@ def test_stages_are_written_one_after_the_other(converted_checkpoint, tmp_path):
         output = tmp_path / STAGES[number]
         trainers.append(run(RECIPES / f"{STAGES[number]}.yaml", start, output, **FEW))
         start = output
+    assert read_record(start)["origin"] == {"checkpoint": "checkpoint-init"}  # of the conversion
     stages = read_record(start)["stages"]
     assert [one["name"] for one in stages] == [STAGES[1], STAGES[2]]
     for number, (told, trainer) in enumerate(zip(stages, trainers, strict=True), 1):
@@ -46,8 +53,21 @@ def test_stages_are_written_one_after_the_other(converted_checkpoint, tmp_path):
     card = render_card(staged, CardInput("user/tiny", About(license="mit")))
     check_files(staged)
     assert {"training_record.json", "loss.png"} <= set(staged.names())
+    assert "| converted from | checkpoint-init |" in card
     assert "| | stage1_projector | stage2_pretrain |" in card and "![Loss over the steps" in card
     assert {"training_args.bin", "trainer_state.json"} & set(staged.names()) == set()
+
+
+def test_the_record_of_a_model_on_the_hub_is_gone_on_with(monkeypatch, tmp_path):
+    told = {"format": 1, "origin": {"checkpoint": "org/original"}, "stages": [{"name": "stage3_instruct"}]}
+    with own_hub(monkeypatch) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        for name, files in {"with": {"training_record.json": json.dumps(told).encode()}, "without": {}}.items():
+            hub.create(f"user/{name}")
+            hub.commit(f"user/{name}", "main", {"config.json": b"{}", **files}, [])
+        assert record_before(ModelConfig("user/with")) == told
+        assert record_before(ModelConfig("user/without")) == {"format": 1, "origin": {}, "stages": []}
+    assert record_before(ModelConfig(str(tmp_path))) == {"format": 1, "origin": {}, "stages": []}
 
 
 def test_an_adapters_run_and_its_merged_model_are_recorded(converted_checkpoint, tmp_path):

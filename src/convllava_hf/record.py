@@ -2,12 +2,13 @@
 
 It lies in the checkpoint's folder and grows with each stage: `origin` names the parts that a model was assembled or
 converted from, `stages` has one entry a training run, the earliest first. Every key may be missing. Nothing in it says
-where a file lay on the machine: of an absolute path the last name stays.
+where a file lay on the machine: of what lies here, and of an absolute path, the last name stays.
 """
 
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -41,7 +42,9 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return {"format": _FORMAT, "origin": origin if isinstance(origin, dict) else {}, "stages": stages}
 
 
-def write_record(folder: str | Path, *, origin: dict[str, Any] | None = None, stages: list[dict] = ()) -> Path:
+def write_record(
+    folder: str | Path, *, origin: dict[str, Any] | None = None, stages: Sequence[dict[str, Any]] = ()
+) -> Path:
     """Writes the record of a checkpoint.
 
     Args:
@@ -57,10 +60,13 @@ def write_record(folder: str | Path, *, origin: dict[str, Any] | None = None, st
 
 
 def portable_name(source: str | Path) -> str:
-    """What may be told of a source: ids and relative paths as they are, of an absolute path its last name."""
+    """What may be told of a source: of a path its last name, for it says nothing to others; an id as it is.
+
+    A relative path of two parts looks like an id on the Hub, and is told from one by lying here.
+    """
     text = str(source)
     if _WINDOWS.match(text):
         return PureWindowsPath(text).name
     if text.startswith(("/", "~", "file:")):
         return PurePosixPath(text).name
-    return text
+    return Path(text).resolve().name if Path(text).exists() else text

@@ -43,13 +43,14 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_unless_watched()
     errors_alone()
-    limits = Limits(queue=args.queue, upload_bytes=args.max_upload * 2**20)
+    longest = max(Limits.answer_tokens, args.max_new_tokens)  # visitors may choose as much as who shows the page does
+    limits = Limits(queue=args.queue, upload_bytes=args.max_upload * 2**20, answer_tokens=longest)
     serve(
         args.model,
         host=args.host,
         port=args.port,
         limits=limits,
-        max_new_tokens=min(args.max_new_tokens, limits.answer_tokens),
+        max_new_tokens=args.max_new_tokens,
         temperature=min(args.temperature, limits.temperature),
         system=args.system,
         device=args.device,

@@ -61,13 +61,15 @@ def convert_checkpoint(
     """
     shard_bytes = parse_size(max_shard_size)
     check_output(output, overwrite)
-    origin = {"checkpoint": source, "vision_tower": vision_tower}
+    origin = {"checkpoint": source}
     source = locate(source, "The checkpoint")
     config = read_original_config(source)
     tower = find_tower(source, config, vision_tower)
     language_model = Weights(source, "The checkpoint")
     weights, tables = {_MAIN: language_model}, {_MAIN: ORIGINAL_TABLE}
     _add_tower(weights, tables, tower, explicit=vision_tower is not None)
+    if _TOWER in weights and not tower.is_relative_to(source):
+        origin["vision_tower"] = vision_tower or config["mm_vision_tower"]
 
     tower_config = tower_config_of(tower)
     image_settings = image_settings_of(tower, config, tower_config)

@@ -51,6 +51,9 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
         refusal = await self._refusal(scope)
         if refusal is not None:
             await _answer(send, *refusal)
@@ -65,8 +68,6 @@ class Guard:
 
     async def _refusal(self, scope) -> tuple[int, str] | None:
         """Status and message for a request that goes no further."""
-        if scope["type"] != "http":
-            return 404, "There is nothing here."
         method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         known = {"GET": _GET, "HEAD": _GET, "POST": _POST}.get(method)
         if known is None or not known.fullmatch(path):

@@ -5,6 +5,7 @@ import html
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
@@ -36,7 +37,7 @@ class Stops:
         self._lock = threading.Lock()
 
     def expect(self, visitor: str) -> threading.Event:
-        """The mark of a visitor who has just asked; new if there was none or if it was set by mistake before."""
+        """The mark of a visitor who has just asked. It may be set already: by who stopped while waiting."""
         with self._lock:
             return self._events.setdefault(visitor, threading.Event())
 
@@ -58,9 +59,7 @@ class Events:
         self.talker = talker
         self.limits = limits
         self.stops = Stops()
-        self._decoding = (
-            threading.Lock()
-        )  # pictures are looked at beside the queue, so that a full one keeps none away
+        self._decoding = threading.Lock()  # of pictures looked at beside the queue: a full one keeps none away
 
     def look(self, picture: str | None):
         """A new picture: a new conversation. A file that is no picture leaves the page at once, and says why."""
@@ -170,91 +169,102 @@ def build(
 ) -> gr.Blocks:
     """The page of a model. `folder` is Gradio's own, for uploads; everything in it can be read by visitors."""
     talker = Talker(assistant, folder, limits, system)
-    events = Events(talker, limits)
     keep = (max(1, limits.stored_seconds // 6), limits.stored_seconds)
     with gr.Blocks(title=f"{name} · ConvLLaVA", analytics_enabled=False, delete_cache=keep, fill_width=True) as page:
         gr.HTML(header(name, assistant), elem_id="header")
-        conversation = gr.State(Conversation(), time_to_live=limits.stored_seconds)
-        question = gr.Textbox(
-            placeholder="What is in the picture?", label="Question", show_label=False, submit_btn="Ask",
-            lines=1, max_lines=6, max_length=limits.question_characters, elem_id="question", autofocus=False,
-            render=False,
-        )  # fmt: skip
-        with gr.Row(elem_id="columns"):
-            with gr.Column(scale=4, min_width=300):
-                picture = PictureInput(
-                    label="Picture", sources=["upload", "clipboard"], type="filepath", image_mode=None, height=340,
-                    buttons=["fullscreen"], elem_id="picture", alt_text="The picture that the questions are about",
-                )  # fmt: skip
-                gr.Examples(
-                    [list(example) for example in write_examples(folder / "examples")], [picture, question],
-                    label="Examples", cache_examples=False, visible_columns=[0], elem_id="examples",
-                )  # fmt: skip
-                resolution = gr.Radio(
-                    list(talker.presets),
-                    value=next(iter(talker.presets)),
-                    label="The model sees",
-                    elem_id="resolution",
-                )
-                with gr.Accordion("Answer settings", open=False, elem_id="settings"):
-                    length = gr.Slider(
-                        1, limits.answer_tokens, max_new_tokens, step=1, label="Longest answer, in tokens"
-                    )
-                    warmth = gr.Slider(
-                        0, limits.temperature, temperature, step=0.05, label="Temperature",
-                        info="0 always takes the likeliest word",
-                    )  # fmt: skip
-            with gr.Column(scale=6, min_width=300):
-                chat = gr.Chatbot(
-                    label="Conversation", show_label=False, elem_id="chat", height=None, buttons=["copy"],
-                    render_markdown=False, feedback_options=None, placeholder="", layout="bubble",
-                )  # fmt: skip
-                status = gr.HTML(note(HINT), elem_id="status")
-                question.render()
-                restart = gr.Button("New conversation", size="sm", variant="secondary", elem_id="restart")
-
-        question_and_settings = [picture, question, resolution, length, warmth, conversation]
-        asked = question.submit(events.begin, None, question, queue=False, show_progress="hidden", api_name=False)
-        answered = asked.then(
-            events.ask,
-            question_and_settings,
-            [chat, status, question, conversation],
-            concurrency_limit=1,
-            concurrency_id="model",
-            show_progress="hidden",
-            api_name=False,
-        )
-        answered.then(events.end, None, question, queue=False, show_progress="hidden", api_name=False)
-        # Naming all that the question would have changed takes Gradio's own mark of an error off it.
-        answered.failure(
-            events.fail,
-            None,
-            [question, status, chat, conversation],
-            queue=False,
-            show_progress="hidden",
-            api_name=False,
-        )
-        gr.Button(visible=False).click(
-            events.ask_by_program,
-            question_and_settings,
-            [chat, status, conversation],
-            concurrency_limit=1,
-            concurrency_id="model",
-            api_name="ask",
-        )
-        question.stop(events.stop, queue=False, show_progress="hidden", api_name="stop")
-        picture.change(
-            events.look, picture, [picture, chat, conversation, status], queue=False, show_progress="hidden",
-            api_name="look",
-        )  # fmt: skip
-        picture.clear(functools.partial(note, HINT), None, status, queue=False, show_progress="hidden", api_name=False)
-        gr.on(
-            [restart.click, chat.clear], events.restart, None, [chat, conversation, status],
-            queue=False, show_progress="hidden", api_name="restart",
-        )  # fmt: skip
+        events = Events(talker, limits)
+        _connect(_lay_out(talker, folder, limits, max_new_tokens, temperature), events)
         page.unload(events.leave)
     page.queue(max_size=limits.queue, status_update_rate=1, api_open=False)  # no way round the queue
     return page
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What events on the page come from and change. `length` and `warmth` are of answers."""
+
+    conversation: gr.State
+    picture: PictureInput
+    question: gr.Textbox
+    resolution: gr.Radio
+    length: gr.Slider
+    warmth: gr.Slider
+    chat: gr.Chatbot
+    status: gr.HTML
+    restart: gr.Button
+
+
+def _lay_out(talker: Talker, folder: Path, limits: Limits, max_new_tokens: int, temperature: float) -> _Parts:
+    """What stands where."""
+    conversation = gr.State(Conversation(), time_to_live=limits.stored_seconds)
+    question = gr.Textbox(
+        placeholder="What is in the picture?", label="Question", show_label=False, submit_btn="Ask",
+        lines=1, max_lines=6, max_length=limits.question_characters, elem_id="question", autofocus=False,
+        render=False,
+    )  # fmt: skip
+    with gr.Row(elem_id="columns"):
+        with gr.Column(scale=4, min_width=300):
+            picture = PictureInput(
+                label="Picture", sources=["upload", "clipboard"], type="filepath", image_mode=None, height=340,
+                buttons=["fullscreen"], elem_id="picture", alt_text="The picture that the questions are about",
+            )  # fmt: skip
+            gr.Examples(
+                [list(example) for example in write_examples(folder / "examples")], [picture, question],
+                label="Examples", cache_examples=False, visible_columns=[0], elem_id="examples",
+            )  # fmt: skip
+            offered = list(talker.presets)
+            resolution = gr.Radio(offered, value=offered[0], label="The model sees", elem_id="resolution")
+            with gr.Accordion("Answer settings", open=False, elem_id="settings"):
+                length = gr.Slider(1, limits.answer_tokens, max_new_tokens, step=1, label="Longest answer, in tokens")
+                warmth = gr.Slider(
+                    0, limits.temperature, temperature, step=0.05, label="Temperature",
+                    info="0 always takes the likeliest word",
+                )  # fmt: skip
+        with gr.Column(scale=6, min_width=300):
+            chat = gr.Chatbot(
+                label="Conversation", show_label=False, elem_id="chat", height=None, buttons=["copy"],
+                render_markdown=False, feedback_options=None, placeholder="", layout="bubble",
+            )  # fmt: skip
+            status = gr.HTML(note(HINT), elem_id="status")
+            question.render()
+            restart = gr.Button("New conversation", size="sm", variant="secondary", elem_id="restart")
+    return _Parts(conversation, picture, question, resolution, length, warmth, chat, status, restart)
+
+
+def _connect(parts: _Parts, events: Events) -> None:
+    """What happens on which event."""
+    at_once = {"queue": False, "show_progress": "hidden"}
+    one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
+    chat, status, question, conversation = parts.chat, parts.status, parts.question, parts.conversation
+    asked_with = [parts.picture, question, parts.resolution, parts.length, parts.warmth, conversation]
+    begun = question.submit(events.begin, None, question, **at_once, api_name=False)
+    answered = begun.then(
+        events.ask,
+        asked_with,
+        [chat, status, question, conversation],
+        **one_at_a_time,
+        show_progress="hidden",
+        api_name=False,
+    )
+    answered.then(events.end, None, question, **at_once, api_name=False)
+    # Naming all that the question would have changed takes Gradio's own mark of an error off it.
+    answered.failure(events.fail, None, [question, status, chat, conversation], **at_once, api_name=False)
+    gr.Button(visible=False).click(
+        events.ask_by_program, asked_with, [chat, status, conversation], **one_at_a_time, api_name="ask"
+    )
+    question.stop(events.stop, **at_once, api_name="stop")
+    parts.picture.change(
+        events.look, parts.picture, [parts.picture, chat, conversation, status], **at_once, api_name="look"
+    )
+    parts.picture.clear(functools.partial(note, HINT), None, status, **at_once, api_name=False)
+    gr.on(
+        [parts.restart.click, chat.clear],
+        events.restart,
+        None,
+        [chat, conversation, status],
+        **at_once,
+        api_name="restart",
+    )
 
 
 def launch(page: gr.Blocks, host: str, port: int | None, folder: Path, limits: Limits) -> str:

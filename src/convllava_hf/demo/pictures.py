@@ -15,7 +15,6 @@ from .limits import Limits
 # Others of PIL's formats start programs (EPS starts Ghostscript) or are of no use to a visitor.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _NAMED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError)
 
 
 def read_picture(path: str | os.PathLike, limits: Limits) -> Image.Image:
@@ -39,7 +38,7 @@ def read_picture(path: str | os.PathLike, limits: Limits) -> Image.Image:
         raise ConvLlavaError(
             f"This file is no picture that can be read here, whatever its name says. Use {_NAMED}."
         ) from error
-    except _UNREADABLE as error:
+    except Exception as error:  # PIL's parsers let through whatever they stumble over
         raise ConvLlavaError(
             "This picture is damaged or incomplete and cannot be decoded. Save it again, or take another one."
         ) from error

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import ConvLlavaError
 from .checks import Shown
-from .facts import LOCAL_FOLDER, About, cell, lineage, model_facts
+from .facts import About, cell, lineage, model_facts
 from .files import Staged, is_hub_id
 from .results import TASK, Result, table_rows, to_eval_results
 
@@ -108,7 +108,7 @@ def _metadata(staged: Staged, given: CardInput, history: dict[str, Any]) -> Mode
     relation = {}
     if adapter:
         relation["base_model_relation"] = "adapter"
-    elif history["base_models"]:
+    elif history["base_models"] and (history["stages"] or not history["checkpoint"]):  # converting trains nothing
         relation["base_model_relation"] = "finetune"
     values = {
         "language": about.language or ["en"],
@@ -134,8 +134,7 @@ def _metadata(staged: Staged, given: CardInput, history: dict[str, Any]) -> Mode
 
 def _linked(name: str) -> str:
     """A cell with a source, as a link where it is an id on the Hub and no path of somebody's machine."""
-    is_id = is_hub_id(name) and not name.startswith(LOCAL_FOLDER)
-    return f"[{cell(name)}](https://huggingface.co/{name})" if is_id else cell(name)
+    return f"[{cell(name)}](https://huggingface.co/{name})" if is_hub_id(name) else cell(name)
 
 
 def _quoted(text: str) -> str:

@@ -40,7 +40,7 @@ _HOME = re.compile(
     r"(?<![\w.:/])(/(?:home|Users|root|mnt|scratch|gpfs|lustre|workspace)/[\w.-]+|[A-Za-z]:\\+Users\\+\w+)"
 )
 _PATH = re.compile(r"(/|~/)[\w.-]+/[\w.-]|[A-Za-z]:[\\/]\w|\\\\\w|file:")
-_TEXTS = (".json", ".jinja", ".md", ".py", ".txt", "")
+_BINARY = (".safetensors", ".model", ".jpg", ".png")
 # A vocabulary holds whatever its corpus held, paths too; no person wrote it.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _OPTIMIZER = re.compile(r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|optimizer|master_param)(\.|$)")
@@ -71,7 +71,7 @@ def check_files(staged: Staged, token: str | None = None) -> None:
         path = staged.folder / name
         if path.suffix == ".safetensors":
             faults += _weight_faults(path, name)
-        elif path.suffix in _TEXTS and name not in _VOCABULARIES:
+        elif path.suffix not in _BINARY and name not in _VOCABULARIES:
             faults += _text_faults(path, name, token)
     if faults:
         raise ConvLlavaError(

@@ -54,8 +54,6 @@ _ABOUT_KEYS = {
     "biases": list,
 }
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "4 or 8 bits"}
-# A path relative to where training ran looks like an id when it has two parts. The recipes' paths begin so.
-LOCAL_FOLDER = "checkpoints/"
 _RESOLUTIONS = (768, 1024, 1536)
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 
@@ -186,7 +184,7 @@ def lineage(staged: Staged, about: About) -> dict[str, Any]:
         candidates = [about.vision_tower, about.language_model, *origin.values()]
         if not any(candidates) and started:
             candidates = [started]
-        bases = [name for name in candidates if name and is_hub_id(name) and not name.startswith(LOCAL_FOLDER)]
+        bases = [name for name in candidates if name and is_hub_id(name)]
     return {
         "base_models": list(dict.fromkeys(bases)),
         "vision_tower": about.vision_tower or origin.get("vision_tower"),

@@ -89,7 +89,8 @@ def push(
         check_target(one)
     about.check()
     measured = read_results(*results)
-    publisher = None if dry_run else Publisher(secret := find_token(token))
+    secret = find_token(token, required=not dry_run)
+    publisher = None if dry_run else Publisher(secret)
     if publisher is not None:
         for one in filter(None, (target, space_target)):
             publisher.check_access(one)
@@ -101,13 +102,13 @@ def push(
                 "leave --space out here."
             )
         shown = [_stage_example(staged, number, *one) for number, one in enumerate(examples, 1)]
-        check_files(staged, None if dry_run else secret)
+        check_files(staged, secret)
         logger.info("Loading the model in a fresh process from what will be published.")
-        answers = ask_as_a_stranger(staged, shown, None if dry_run else secret)
+        answers = ask_as_a_stranger(staged, shown, secret)
         given = CardInput(target.repo_id, about, measured, shown, answers[: len(shown)], revision)
         card = render_card(staged, given)
         (staged.folder / CARD).write_text(card, encoding="utf-8")
-        check_files(staged, None if dry_run else secret)
+        check_files(staged, secret)
         pushed = Pushed(target.repo_id, left_out=staged.left_out, card=card, answers=answers, dry_run=dry_run)
         pushed.files = {name: staged.size(name) for name in staged.names()}
         if publisher is not None:

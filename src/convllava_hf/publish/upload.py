@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 # By it a later push knows which commit was the last of ours, and so what others have changed since.
 MARK = "convllava push"
-TOKEN_SOURCES = ("environment", "login")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BYTES = 1 << 20
@@ -69,14 +68,15 @@ class _Remote:
     size: int
 
 
-def find_token(source: str | None = None) -> str:
+def find_token(source: str | None = None, required: bool = True) -> str | None:
     """The token for the Hub: from the environment (`HF_TOKEN`), else the one that `hf auth login` saved.
 
     Args:
         source: `"environment"` or `"login"` to take it from there alone.
+        required: whether to raise where there is none, and not to return `None`.
 
     Raises:
-        ConvLlavaError: there is none.
+        ConvLlavaError: there is none, or `source` is something else.
     """
     if source is None:
         token = get_token()
@@ -91,13 +91,13 @@ def find_token(source: str | None = None) -> str:
             "A token is taken from the environment or the login only, since a command line stays in the shell's "
             "history and in the list of processes. Say --token environment or --token login."
         )
-    if not token:
+    if not token and required:
         places = {"environment": "HF_TOKEN is not set", "login": "nobody has logged in"}
         reason = places.get(source or "", "HF_TOKEN is not set, and nobody has logged in")
         raise ConvLlavaError(
             f"There is no token for the Hub: {reason}. Run hf auth login, or set HF_TOKEN to one with write access."
         )
-    return token
+    return token or None
 
 
 class Publisher:

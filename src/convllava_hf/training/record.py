@@ -5,9 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file
 from trl import ModelConfig
 
-from ..record import portable_name, read_record, write_record
+from ..record import RECORD_FILE, portable_name, read_record, write_record
 from .arguments import DataArguments, TrainingArguments
 
 
@@ -49,9 +50,16 @@ def save_training_record(
         state: the trainer's `TrainerState`.
         processes: of the run, one a device.
     """
-    before = read_record(model.model_name_or_path)
+    before = record_before(model)
     stage = describe_run(data, training, model, state, processes)
     return write_record(folder, origin=before["origin"], stages=[*before["stages"], stage])
+
+
+def record_before(model: ModelConfig) -> dict[str, Any]:
+    """The record of what a run starts from; of a model on the Hub, the one that was published with it."""
+    flags = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = cached_file(model.model_name_or_path, RECORD_FILE, revision=model.model_revision, **flags)
+    return read_record(Path(found).parent if found else model.model_name_or_path)
 
 
 def describe_run(
