@@ -88,30 +88,18 @@ def answer_of(text: str, things: list[Seen], digit: int, side: int = 256) -> str
         (thing,) = [thing for thing in things if (thing.color, thing.shape) == match.groups()]
         return written(thing.box, side)
     if text == "Describe the picture.":
-        return ", ".join(f"{name} {written(box, side)}" for name, box in things_in_order(things, digit, side)) + "."
+        return ", ".join(names_in_order(things, digit, side)) + "."
     raise AssertionError(f"An unknown question: {text!r}")
 
 
-def things_in_order(things: list[Seen], digit: int, side: int) -> list[tuple[str, tuple]]:
-    """Names and boxes, the sign's among them (a thing of shape `sign`), row by row and from left to right."""
+def names_in_order(things: list[Seen], digit: int, side: int) -> list[str]:
+    """Names of things, the sign's among them (a thing of shape `sign`), row by row and from left to right."""
     named = []
-    for thing in things:
+    for thing in sorted(things, key=lambda thing: place(thing.box, side)):
         article = "an" if thing.color == "orange" else "a"
-        name = f"a sign that says {digit}" if thing.shape == "sign" else f"{article} {thing.color} {thing.shape}"
-        named.append((name, thing.box))
-    return sorted(named, key=lambda entry: place(entry[1], side))
-
-
-def cells_of(text: str) -> list[tuple[str, list[str]]]:
-    """A text picture's sixteen cells: `ground`, or a thing's or sign's name, and the edges that stand before it."""
-    cells, edges = [], []
-    for word in text.split(" "):
-        if re.fullmatch(r"\d\.\d\d", word):
-            edges.append(word)
-        else:
-            cells.append((word, edges))
-            edges = []
-    return cells
+        sign = f"a sign that says {digit}"
+        named.append(sign if thing.shape == "sign" else f"{article} {thing.color} {thing.shape}")
+    return named
 
 
 def place(box, side: int) -> tuple[int, int]:

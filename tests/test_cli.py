@@ -249,6 +249,19 @@ def test_quickstart_leaves_other_folders_alone(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_findings_and_the_quickstart_stay_apart(capsys, tmp_path):
+    """A folder with a run of the one is refused by the other, with what it holds."""
+    pytest.importorskip("trl")
+    pytest.importorskip("sklearn")
+    from convllava_hf.miniature.findings import open_findings
+
+    open_findings(tmp_path / "run", seed=3)
+    message = refusal(capsys, "quickstart", "--seed", "3", "--output", str(tmp_path / "run"))
+    assert "holds a run with" in message and "'findings': True" in message
+    message = refusal(capsys, "quickstart", "--findings", "--seed", "4", "--output", str(tmp_path / "run"))
+    assert "'seed': 3" in message and "'seed': 4" in message
+
+
 # --- the frame
 
 

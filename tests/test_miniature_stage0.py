@@ -16,7 +16,7 @@ import transformers
 pytest.importorskip("sklearn")
 datasets = pytest.importorskip("datasets")
 
-from miniature_sight import Seen, answer_of, cells_of, digits, handwriting_in, print_in, see, see_sign, see_signs  # noqa: E402
+from miniature_sight import Seen, answer_of, digits, handwriting_in, print_in, see, see_sign, see_signs  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -97,53 +97,101 @@ def test_every_word_of_the_world_is_known(world):
     ]
 
 
-def test_text_batches_are_tokenized_as_the_chat_template_does(tokenizer):
-    """Ids and labels of each row are those of its own text, parted into messages and put through the template."""
-    rows = 0
-    for batch in itertools.islice(pretraining.text_batches(tokenizer, World(), 3, 8), 4):
-        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-            length = int(mask.sum())
-            assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
-            assert set(ids[length:].tolist()) <= {tokenizer.pad_token_id} and set(labels[length:].tolist()) <= {-100}
-            text = tokenizer.decode(ids[:length])
-            turns = TURN.findall(text)
-            assert text == "<s>" + "".join(f"USER: {prompt} ASSISTANT: {answer}</s>" for prompt, answer in turns)
+def parts_of(batch) -> list[list[tuple[list[int], list[int], list[float]]]]:
+    """Ids, labels and weights of each row's parts: the picture, and every question with its answer.
+
+    By the mask alone: a question begins where a position sees nothing of the one before it.
+    """
+    rows = []
+    for ids, labels, weights, mask in zip(
+        batch["input_ids"], batch["labels"], batch["weights"], batch["attention_mask"][:, 0], strict=True
+    ):
+        seen, length = mask == 0, int((ids != 0).sum())  # 0 is <pad>
+        first = next(place for place in range(length) if not seen[length - 1, place])  # the last sees but the picture
+        starts = [0, first, *(place for place in range(first + 1, length) if not seen[place, place - 1])]
+        ends = [*starts[1:], length]
+        told = (ids.tolist(), labels.tolist(), weights.tolist())
+        rows.append([tuple(values[start:end] for values in told) for start, end in zip(starts, ends, strict=True)])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def text_batch(tokenizer):
+    return next(pretraining.text_batches(tokenizer, World(), 3, 32))
+
+
+def test_questions_about_text_are_tokenized_as_the_chat_template_does(tokenizer, text_batch):
+    """A picture with any of its questions is a conversation of one turn; what trains is what the assistant says."""
+    number = 0
+    for picture, *asked in parts_of(text_batch):
+        assert set(picture[1]) == {-100}
+        for ids, labels, _ in asked:
+            whole = picture[0] + ids
+            ((prompt, answer),) = TURN.findall(tokenizer.decode(whole))
             told = tokenizer.apply_chat_template(
-                messages_of(turns), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                messages_of([(prompt, answer)]), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
-            assert ids[:length].tolist() == told["input_ids"]
-            expected = [
-                token if said else -100 for token, said in zip(told["input_ids"], told["assistant_masks"], strict=True)
-            ]
-            assert labels[:length].tolist() == expected
-            said = tokenizer.decode(labels[labels != -100])
-            assert said == "".join(f" {answer}</s>" for _, answer in turns)
-            rows += 1
-    assert rows == 32
+            assert whole == told["input_ids"]
+            masks = told["assistant_masks"][len(picture[0]) :]
+            assert labels == [token if said else -100 for token, said in zip(ids, masks, strict=True)]
+            number += 1
+    assert number > 32 * 5
+
+
+def test_every_answer_weighs_the_same(text_batch):
+    for _, *asked in parts_of(text_batch):
+        for _, labels, weights in asked:
+            assert sum(weights) == pytest.approx(1)
+            assert [weight > 0 for weight in weights] == [label != -100 for label in labels]
+
+
+def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
+    """Positions, mask and padding: the loss of a batch is the mean of the model's own losses of single questions."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    alone = []
+    for picture, *asked in parts_of(text_batch)[:6]:
+        for ids, labels, _ in asked:
+            row = {"input_ids": picture[0] + ids, "labels": picture[1] + labels}
+            with torch.no_grad():
+                alone.append(model(**{name: torch.tensor([values]) for name, values in row.items()}).loss.item())
+    with torch.no_grad():
+        together = pretraining._weighted_loss(model, {name: values[:6] for name, values in text_batch.items()})
+    assert together.item() == pytest.approx(np.mean(alone), abs=1e-4)
 
 
 def test_text_batches_tell_what_is_asked(tokenizer):
-    """Every answer, by other code, from the text picture that comes first."""
-    captions, asked = 0, 0
-    for batch in itertools.islice(pretraining.text_batches(tokenizer, World(), 0, 16), 8):
-        for ids in batch["input_ids"]:
-            turns = TURN.findall(tokenizer.decode(ids))
-            told, _, first = turns[0][0].partition("\n")
-            cells = cells_of(told)
-            assert len(cells) == 16
-            things = [Seen(*name.split("-"), boxed(edges)) for name, edges in cells if "-" in name]
-            (sign,) = [thing for thing in things if thing.color == "sign"]
-            things.remove(sign)
-            everything = [*things, Seen("", "sign", sign.box)]
-            for prompt, answer in [(first, turns[0][1]), *turns[1:]]:
-                is_caption = prompt.startswith("Describe")
-                captions, asked = captions + is_caption, asked + (not is_caption)
-                assert answer_of(prompt, everything if is_caption else things, int(sign.shape), 1) == answer
-    assert captions > 5 and asked > 100
+    """Every answer, by other code, from the text picture that comes first; no question twice."""
+    captions, number = 0, 0
+    for picture, *asked in parts_of(next(pretraining.text_batches(tokenizer, World(), 0, 64))):
+        told = tokenizer.decode(picture[0])
+        cells = re.fullmatch(r"<s>USER: (.*)\n", told)[1].split(" ")
+        assert len(cells) == 16
+        things = [Seen(*name.split("-"), cell_box(place)) for place, name in enumerate(cells) if "-" in name]
+        (sign,) = [thing for thing in things if thing.color == "sign"]
+        things.remove(sign)
+        everything = [*things, Seen("", "sign", sign.box)]
+        turns = [re.fullmatch(r"(.*) ASSISTANT: (.*)</s>", tokenizer.decode(ids)).groups() for ids, _, _ in asked]
+        assert len(dict(turns)) == len(turns)
+        for prompt, answer in turns:
+            is_caption = prompt.startswith("Describe")
+            captions, number = captions + is_caption, number + (not is_caption)
+            assert answer_of(prompt, everything if is_caption else things, int(sign.shape), 1) == answer
+    assert captions > 5 and number > 300
 
 
-def boxed(edges: list[str]) -> tuple[float, ...]:
-    return tuple(map(float, edges))
+def cell_box(place: int) -> tuple[float, ...]:
+    row, column = divmod(place, 4)
+    return (column / 4, row / 4, (column + 1) / 4, (row + 1) / 4)
 
 
 def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):

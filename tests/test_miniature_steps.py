@@ -3,7 +3,10 @@
 import functools
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +82,46 @@ def test_a_job_that_fails_ends_the_others(tmp_path, job):
         run_jobs(jobs, lambda *_: None, at_once=2)
     assert time.monotonic() - started < 60
     assert not (tmp_path / "late").exists()
+
+
+ORPHAN = """
+import functools, os, sys, time
+from pathlib import Path
+from convllava_hf.miniature.steps import run_jobs
+
+def tell_and_sleep(path, emit):
+    Path(path + ".new").write_text(str(os.getpid()))
+    os.replace(path + ".new", path)
+    time.sleep(300)
+
+if __name__ == "__main__":
+    run_jobs({"one": functools.partial(tell_and_sleep, sys.argv[1])}, print, at_once=1)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
+def test_a_job_ends_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    parent = subprocess.Popen([sys.executable, tmp_path / "orphan.py", tmp_path / "pid"])
+    wait_until((tmp_path / "pid").exists)
+    child = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or "\nState:\tZ" in status_of(child))
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def status_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "\nState:\tZ"
 
 
 def wait_for_each_other(folder, name, emit):

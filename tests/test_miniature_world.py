@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from fresh_process import run_fresh  # noqa: E402
-from miniature_sight import Seen, answer_of, cells_of, digits, handwriting_in, place, print_in, see, see_sign, written  # noqa: E402
+from miniature_sight import Seen, answer_of, digits, handwriting_in, place, print_in, see, see_sign  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
@@ -174,12 +174,12 @@ def test_answers_follow_from_the_picture():
         everything = [*things, Seen("", "sign", see_sign(picture))]
         ((prompt, caption),) = language.conversation(scene, rng, 1.0)
         assert answer_of(prompt, everything, scene.sign.digit) == caption
-        cells = [("ground", [])] * 16
+        cells = ["ground"] * 16
         for thing in everything:
             row, column = place(thing.box, 256)
             word = f"sign-{scene.sign.digit}" if thing.shape == "sign" else f"{thing.color}-{thing.shape}"
-            cells[4 * (row - 1) + column - 1] = (word, written(thing.box, 256)[1:-1].split(", "))
-        assert cells_of(language.text_picture(scene)) == cells
+            cells[4 * (row - 1) + column - 1] = word
+        assert language.text_picture(scene).split(" ") == cells
     assert min(kinds[kind] for kind in ("reading", "presence", "count", "grounding")) == 150
     assert min(kinds.values()) > 100
 
@@ -192,25 +192,28 @@ def test_questions_come_in_the_order_of_their_kinds(asked):
     assert set(asked) == set(language.KINDS)
 
 
-def test_conversations_are_captions_or_boxes_or_other_questions():
+def test_conversations_are_captions_or_questions_with_boxes_last():
     """Whoever has been asked for a thing's box need not look to know that it is there."""
     scene = next(scene for scene in scenes(50) if len(scene.things) == 3)
     boxes = {f"Give the bounding box of the {thing.color} {thing.shape}." for thing in scene.things}
     kinds = [question.text for question in language.questions(scene, np.random.default_rng(0))]
     others = sorted(text[:8] for text in kinds if not text.startswith("Give"))
-    rng, orders, number = np.random.default_rng(0), Counter(), 2000
-    said = [[prompt for prompt, _ in language.conversation(scene, rng, 0.3)] for _ in range(number)]
+    rng, number = np.random.default_rng(0), 2000
+    said = [[prompt for prompt, _ in language.conversation(scene, rng, 0.3, 0.6)] for _ in range(number)]
     captions = said.count(["Describe the picture."])
     assert abs(captions / number - 0.3) < 4.5 * math.sqrt(0.3 * 0.7 / number)
+    orders_of_boxes, orders = Counter(), Counter()
     for prompts in said:
         if prompts != ["Describe the picture."]:
-            assert len(set(prompts)) == len(prompts)
-            assert set(prompts) == boxes or sorted(prompt[:8] for prompt in prompts) == others
-            orders[tuple(prompts) if prompts[0] in boxes else tuple(prompt[:8] for prompt in prompts)] += 1
-    about_boxes = {order: times for order, times in orders.items() if order[0] in boxes}
-    assert 0.2 < sum(about_boxes.values()) / (number - captions) < 0.7
-    assert len(about_boxes) == math.factorial(len(boxes))  # in any order, as are the others
-    assert len(orders) - len(about_boxes) == math.factorial(len(others))
+            first, last = prompts[: len(others)], prompts[len(others) :]
+            assert sorted(prompt[:8] for prompt in first) == others
+            assert not last or (set(last) == boxes and len(last) == len(boxes))
+            orders[tuple(prompt[:8] for prompt in first)] += 1
+            orders_of_boxes[tuple(last)] += 1
+    share, asked = orders_of_boxes.pop(()), number - captions
+    assert abs(share / asked - 0.4) < 4.5 * math.sqrt(0.4 * 0.6 / asked)
+    assert len(orders_of_boxes) == math.factorial(len(boxes))  # in any order, as are the others
+    assert len(orders) == math.factorial(len(others))
 
 
 CLASSES = {"reading": 10, "color": 6, "shape": 5, "presence": 2, "count": 3}
@@ -290,3 +293,9 @@ def test_signs_of_any_size_are_drawn_within_their_box():
             drawing.draw_sign(picture, Sign(8, (0, 0, size, size), handwriting), 5, "train")
             changed = (np.asarray(picture) != (90, 90, 91)).any(-1)
             assert changed[: 5 * size, : 5 * size].all() and changed.sum() == (5 * size) ** 2
+
+
+@pytest.mark.parametrize("sizes", [{"thing_sizes": (7, 8)}, {"sign_sizes": (4, 9)}, {"sign_sizes": (5, 4)}], ids=str)
+def test_worlds_without_room_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"would not fit.*expected a smallest of 1 to 6 and a largest up to 8"):
+        World(**sizes)

@@ -5,13 +5,13 @@ Modules of commands import nothing heavy outside `run`, so that `convllava --hel
 
 import argparse
 import errno
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import ConvLlavaError
+from ..noise import quiet_imports
 from . import ask, assemble, chat, convert, data, demo, push, quickstart, train
 
 
@@ -41,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a result that is not as it should be, 2 for a mistake in
     what was asked for, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    # Importing torchao beside a newer torch, and bitsandbytes without its kernels for CPUs, logs what whoever types a
-    # command can do nothing about.
-    for name in ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     try:
         from .. import ConvLlavaConfig  # noqa: F401  (registers the model, which takes seconds: not before it is needed)
 

@@ -21,12 +21,17 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("quickstart"),
         metavar="DIR",
-        help="folder for the model, the report and all between (default: %(default)s)",
+        help="folder for the model, the report and all between (default: quickstart, or findings)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of weights, scenes and questions (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--findings",
+        action="store_true",
+        help="try out what the paper found about towers and resolutions instead: five ways to train, with this seed "
+        "and the two after it, in about an hour",
     )
     parser.set_defaults(run=run)
 
@@ -35,18 +40,38 @@ def run(args: argparse.Namespace) -> int:
     require_training()
     if find_spec("sklearn") is None:
         raise ConvLlavaError("The quickstart needs scikit-learn: pip install 'convllava-hf[quickstart]'")
+    return _find_out(args.output or Path("findings"), args.seed) if args.findings else _quickstart(args)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
     from ..miniature.quickstart import open_run, quickstart
     from ..miniature.report import format_table, write_report
 
-    training = open_run(args.output, seed=args.seed)
-    print(f"A ConvLLaVA in miniature, from nothing, into {args.output}. Ctrl-C stops it; the same command goes on.")
+    output = args.output or Path("quickstart")
+    training = open_run(output, seed=args.seed)
+    print(f"A ConvLLaVA in miniature, from nothing, into {output}. Ctrl-C stops it; the same command goes on.")
     results = quickstart(training)
-    commands = _next_commands(args.output, results)
-    write_report(results, args.output, commands)
+    commands = _next_commands(output, results)
+    write_report(results, output, commands)
     print(f"\n{format_table(results)}\n")
-    print(f"All of it on one page: {args.output / 'report.html'}\nNext:")
+    print(f"All of it on one page: {output / 'report.html'}\nNext:")
     for command in commands:
         print(f"   {command}")
+    return 0
+
+
+def _find_out(output: Path, seed: int) -> int:
+    from ..miniature.findings import find_out, open_findings
+    from ..miniature.report import write_findings
+
+    run = open_findings(output, seed=seed)
+    print(f"The paper's findings in miniature, into {output}. Ctrl-C stops it; the same command goes on.")
+    findings = find_out(run)
+    page = write_findings(findings, output)
+    print()
+    for finding in findings["findings"]:
+        print(f"{finding['title']}. {finding['conclusion']}")
+    print(f"\nTables and figure: {page}")
     return 0
 
 
@@ -55,4 +80,5 @@ def _next_commands(folder: Path, results: dict) -> list[str]:
     program = sys.argv[0] if Path(sys.argv[0]).name == "convllava" else "convllava"
     sample = results["samples"][0]
     words = [program, "ask", folder / "model", folder / sample["picture"], sample["question"]]
-    return [shlex.join(map(str, words))]
+    demo = [program, "demo", folder / "model"]
+    return [shlex.join(map(str, words)), shlex.join(map(str, demo))]

@@ -9,8 +9,8 @@ from .world import CELLS, COLORS, SHAPES, UNITS, Box, Scene, Thing, cell_of
 
 GENERAL = ("color", "shape", "presence", "count")
 KINDS = ("reading", *GENERAL, "grounding")
-NUMBERS = ("zero", "one", "two", "three", "four")
-_BOXES_SHARE = 0.4
+NUMBERS = ("zero", "one", "two", "three")
+BOXES_SHARE = 0.7
 CAPTION_PROMPT = "Describe the picture."
 
 
@@ -25,46 +25,48 @@ class Question:
 
 def box_text(box: Box) -> str:
     """`[left, top, right, bottom]` from 0 to 1, as LLaVA's data sets write boxes."""
-    return f"[{_edges(box, ', ')}]"
+    return f"[{', '.join(f'{value / UNITS:.2f}' for value in box)}]"
 
 
 def caption(scene: Scene) -> str:
-    """Everything in a scene with its bounding box, in reading order."""
-    facts = [(thing.box, f"{_article(thing.color)} {thing.shape}") for thing in scene.things]
-    facts.append((scene.sign.box, f"a sign that says {scene.sign.digit}"))
-    facts.sort(key=lambda fact: cell_of(fact[0]))
-    return ", ".join(f"{what} {box_text(box)}" for box, what in facts) + "."
+    """Everything in a scene, in reading order."""
+    facts = [(cell_of(thing.box), f"{_article(thing.color)} {thing.shape}") for thing in scene.things]
+    facts.append((cell_of(scene.sign.box), f"a sign that says {scene.sign.digit}"))
+    return ", ".join(what for _, what in sorted(facts)) + "."
 
 
 def text_picture(scene: Scene) -> str:
-    """A scene in words, cell by cell in reading order: what a language model can look at.
+    """A scene in words, one for each cell in reading order: what a language model can look at.
 
-    What is in a cell stands behind its edges, so that the word which names it can gather them: a visual token, too,
-    has all of it at once. Text pictures are to the miniature's language model what all that it has read is to Vicuna:
-    a way to know about things, places and questions about them before it ever sees a picture.
+    They stand at the very positions where visual tokens will be. Text pictures are to the miniature's language model
+    what all that it has read is to Vicuna: a way to know about things, places and questions about them before it ever
+    sees a picture.
     """
-    words = {cell_of(thing.box): f"{_edges(thing.box)} {thing.color}-{thing.shape}" for thing in scene.things}
-    words[cell_of(scene.sign.box)] = f"{_edges(scene.sign.box)} sign-{scene.sign.digit}"
+    words = {cell_of(thing.box): f"{thing.color}-{thing.shape}" for thing in scene.things}
+    words[cell_of(scene.sign.box)] = f"sign-{scene.sign.digit}"
     return " ".join(words.get((row, column), "ground") for row in range(CELLS) for column in range(CELLS))
 
 
-def conversation(scene: Scene, rng: np.random.Generator, caption_share: float) -> list[tuple[str, str]]:
+def conversation(
+    scene: Scene, rng: np.random.Generator, caption_share: float, boxes_share: float = BOXES_SHARE
+) -> list[tuple[str, str]]:
     """What is said about a scene, in turns of a prompt and its answer.
 
-    Boxes are asked for in conversations of their own: whoever has been asked for the box of the red square need not
-    look to know that there is one.
+    Boxes are asked for last: whoever has been asked for the box of the red square need not look any more to know that
+    there is one.
 
     Args:
-        caption_share: how often it is the caption; else, in random order, the boxes of all things or, a little more
-            often, one question of each other kind.
+        caption_share: how often it is the caption; else it is one question of each kind, in random order.
+        boxes_share: how often the boxes of all things are asked for after the other questions.
     """
     if rng.random() < caption_share:
         return [(CAPTION_PROMPT, caption(scene))]
-    if rng.random() < _BOXES_SHARE:
-        asked = [_grounding(thing) for thing in scene.things]
-    else:
-        asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
-    return [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))]
+    with_boxes = rng.random() < boxes_share
+    asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    if with_boxes:
+        asked += [_grounding(scene.things[i]) for i in rng.permutation(len(scene.things))]
+    return [(question.text, question.answer) for question in asked]
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -113,10 +115,6 @@ def _alone(scene: Scene, attribute: str) -> list[Thing]:
 
 def _article(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def _edges(box: Box, between: str = " ") -> str:
-    return between.join(f"{value / UNITS:.2f}" for value in box)
 
 
 def _plural(counted: str) -> str:

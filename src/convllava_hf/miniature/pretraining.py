@@ -1,10 +1,11 @@
 """Stage 0: small stand-ins for CLIP's ConvNeXt and for Vicuna, trained from nothing on the miniature world."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 
 from ..convert.writing import new_checkpoint_folder
 from .drawing import draw_sign, draw_thing
-from .language import conversation, text_picture
+from .language import CAPTION_PROMPT, caption, conversation, questions, text_picture
 from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
 
 
@@ -38,12 +39,15 @@ CHAT_TEMPLATE = (
 )
 # Words, coordinates, digits, signs: each with the blank before it.
 _PIECES = r" ?[A-Za-z]+(?:-[A-Za-z0-9]+)?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s"
-_CAPTION_SHARE = 0.3
+_CAPTION_SHARE = 0.2
+_MUON_RATE = 0.02
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
-def train_tower(folder: Path, *, steps: int, seed: int, on_step: OnStep | None = None) -> Path:
+def train_tower(
+    folder: Path, *, steps: int, seed: int, sizes: tuple[int, int] | None = None, on_step: OnStep | None = None
+) -> Path:
     """Trains a four-stage ConvNeXt to say what is at every place of pictures of 128 x 128 pixels, and saves it.
 
     Of each place it learns the name of what is there and how far that reaches. Places are asked about one by one,
@@ -52,6 +56,7 @@ def train_tower(folder: Path, *, steps: int, seed: int, on_step: OnStep | None =
 
     Args:
         folder: a transformers folder to make.
+        sizes: of what is in the pictures, in pixels, smallest and largest; default: `SIZES`.
     """
     torch.manual_seed(seed)
     config = ConvNextConfig(
@@ -68,7 +73,8 @@ def train_tower(folder: Path, *, steps: int, seed: int, on_step: OnStep | None =
     weights[_NAMES.index("ground")] = 0.1  # most places are
 
     def loss() -> torch.Tensor:
-        pictures, names, edges = map(np.stack, zip(*(labelled_picture(rng) for _ in range(_TOWER_BATCH)), strict=True))
+        batch = [labelled_picture(rng, sizes or SIZES) for _ in range(_TOWER_BATCH)]
+        pictures, names, edges = map(np.stack, zip(*batch, strict=True))
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         features = tower(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
         said = head(features.float().permute(0, 2, 3, 1)).flatten(0, 2)  # (N, C, H, W) -> (N*H*W, names and 4 edges)
@@ -77,7 +83,7 @@ def train_tower(folder: Path, *, steps: int, seed: int, on_step: OnStep | None =
         reach = F.smooth_l1_loss(said[there, len(_NAMES) :], torch.from_numpy(edges).flatten(0, 2)[there])
         return F.cross_entropy(said[:, : len(_NAMES)], targets, weight=weights) + reach
 
-    _fit([*tower.parameters(), *head.parameters()], loss, steps, 5e-3, on_step)
+    _fit(nn.ModuleList([tower, head]), loss, steps, 5e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         tower.save_pretrained(new)
     return folder
@@ -91,7 +97,10 @@ def train_language_model(
     world: World | None = None,
     on_step: OnStep | None = None,
 ) -> Path:
-    """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer."""
+    """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
+
+    Boxes are not among what it is told or asked: where a thing reaches, pictures teach it later.
+    """
     torch.manual_seed(seed)
     world = world or World()
     tokenizer = make_tokenizer(world)
@@ -112,7 +121,7 @@ def train_language_model(
     )
     model = LlamaForCausalLM(config)
     batches = text_batches(tokenizer, world, seed)
-    _fit(list(model.parameters()), lambda: model(**next(batches)).loss, steps, 2e-3, on_step)
+    _fit(model, lambda: _weighted_loss(model, next(batches)), steps, 2e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -154,12 +163,14 @@ def make_tokenizer(world: World | None = None) -> PreTrainedTokenizerFast:
 _NAMES = [*((color, shape) for color in COLORS for shape in SHAPES), *range(10), "ground"]
 _SIDE = 128  # pixels of the tower's pictures
 _STRIDE = 32  # pixels of the four-stage tower
-_SIZES = (48, 102)  # pixels of what is in them: as large as in scenes of 256 pixels
+SIZES = (48, 102)  # pixels of what is in them: as large as in scenes of 256 pixels
 _TOWER_BATCH = 16
 
 
-def labelled_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A picture of up to three things, and what is at its places.
+def labelled_picture(
+    rng: np.random.Generator, sizes: tuple[int, int] = SIZES
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A picture of up to three things with sides of so many pixels, and what is at its places.
 
     Returns:
         The picture, (128, 128, 3) of 0-255. The index of what is at the centre of each place, (4, 4). How far that
@@ -173,7 +184,7 @@ def labelled_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, 
     unit = _SIDE / UNITS
     taken: list[tuple[float, ...]] = []
     for _ in range(3):
-        side = math.exp(rng.uniform(*np.log(_SIZES))) / unit
+        side = math.exp(rng.uniform(*np.log(sizes))) / unit
         left, top = rng.uniform(0, UNITS - side, 2)
         box = (left, top, left + side, top + side)
         if any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
@@ -187,73 +198,140 @@ def labelled_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, 
             name = _NAMES.index(digit)
             draw_sign(picture, Sign(digit, box, handwriting if rng.random() < 0.5 else None), unit, "train")
         in_strides = np.array(box) * unit / _STRIDE
-        first_column, first_row, last_column, last_row = in_strides.round().astype(int)
-        for row in range(first_row, last_row):
-            for column in range(first_column, last_column):
-                names[row, column] = name
-                edges[row, column] = in_strides - np.array([column, row, column, row]) - 0.5
+        for row, column in _places_of(in_strides):
+            names[row, column] = name
+            edges[row, column] = in_strides - np.array([column, row, column, row]) - 0.5
     return np.asarray(picture), names, edges
+
+
+def _places_of(box: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Row and column of the places whose centres are in a box, in strides; or of the one that holds the box's own."""
+    left, top, right, bottom = box.round().astype(int)
+    rows, columns = range(top, bottom), range(left, right)
+    if not rows:
+        rows = (int((box[1] + box[3]) / 2),)
+    if not columns:
+        columns = (int((box[0] + box[2]) / 2),)
+    return itertools.product(rows, columns)
 
 
 def _texts(world: World, scenes: int) -> Iterator[str]:
     """Everything that is said, first and later in a conversation: with a line break or a blank before the question."""
     rng = np.random.default_rng(0)
-    for scene in islice(world.scenes("train", seed=0), scenes):
+    for scene in itertools.islice(world.scenes("train", seed=0), scenes):
         for question, answer in conversation(scene, rng, 0.5):
             yield f"USER: {text_picture(scene)}\n{question} ASSISTANT: {answer}"
             yield f"USER: {question} ASSISTANT: {answer}"
 
 
 def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of conversations about text pictures, with the loss on the answers alone.
+    """Batches of text pictures, each with many questions that do not see each other, and the loss on the answers.
+
+    Every question stands right behind its picture, by position and by mask. Were they the turns of a conversation,
+    much could be answered from what was said before, and the language model would learn to look things up in the
+    picture only after thousands of steps more.
 
     Returns:
-        Endlessly `input_ids`, `attention_mask` and `labels`, (size, positions).
+        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions), and
+        `attention_mask`, (size, 1, positions, positions), to be added to the scores of attention.
     """
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
     scenes, rng = world.scenes("train", [seed, 1]), np.random.default_rng([seed, 200])
     while True:
-        samples = [_text_sample(scene, rng, tokenizer, encode) for scene in islice(scenes, size)]
-        yield _padded(samples, tokenizer.pad_token_id)
+        samples = [_text_sample(scene, rng, tokenizer, encode) for scene in itertools.islice(scenes, size)]
+        yield _text_batch(samples, tokenizer.pad_token_id)
 
 
-def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[tuple[int, int]]:
-    """Token and label of every position of one conversation, tokenized as the chat template writes it."""
-    sample = [(tokenizer.bos_token_id, -100)]
-    picture = [token for word in text_picture(scene).split() for token in encode(f" {word}")] + encode("\n")
-    for question, answer in conversation(scene, rng, _CAPTION_SHARE):
-        asked = encode("USER:") + (picture + encode(question) if picture else encode(f" {question}"))
-        sample += [(token, -100) for token in asked + encode(" ASSISTANT:")]
-        sample += [(token, token) for token in [*encode(f" {answer}"), tokenizer.eos_token_id]]
-        picture = []
+class _Position(NamedTuple):
+    token: int
+    label: int
+    weight: float
+    part: int  # 0 for the picture, then the number of the question; -1 for padding
+    place: int
+
+
+def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[_Position]:
+    """A text picture and questions about it, each tokenized as the chat template writes it alone.
+
+    The tokens of an answer weigh 1 together, for captions not to drown yes and no.
+    """
+    words = [token for word in text_picture(scene).split() for token in encode(f" {word}")]
+    picture = [tokenizer.bos_token_id, *encode("USER:"), *words, *encode("\n")]
+    sample = [_Position(token, -100, 0.0, 0, place) for place, token in enumerate(picture)]
+    for part, (question, answer) in enumerate(_asked_of_text(scene, rng), start=1):
+        asked = encode(question) + encode(" ASSISTANT:")
+        answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
+        labels = [-100] * len(asked) + answered
+        for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=len(picture)):
+            sample.append(_Position(token, label, 0.0 if label == -100 else 1 / len(answered), part, place))
     return sample
 
 
-def _padded(samples: list[list[tuple[int, int]]], pad: int) -> dict[str, torch.Tensor]:
+def _asked_of_text(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions of each kind but for boxes, drawn twice, and now and then the caption; none of them twice."""
+    asked = [question for _ in range(2) for question in questions(scene, rng) if question.kind != "grounding"]
+    turns = [(question.text, question.answer) for question in asked]
+    if rng.random() < _CAPTION_SHARE:
+        turns.append((CAPTION_PROMPT, caption(scene)))
+    return list(dict.fromkeys(turns))
+
+
+def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Tensor]:
     longest = max(map(len, samples))
-    filled = torch.tensor([sample + [(pad, -100)] * (longest - len(sample)) for sample in samples])
-    lengths = torch.tensor([len(sample) for sample in samples])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    return {"input_ids": filled[..., 0], "attention_mask": mask, "labels": filled[..., 1]}
-
-
-def _fit(parameters: list[nn.Parameter], loss_of_step: Callable, steps: int, rate: float, on_step: OnStep | None):
-    """AdamW with warm-up and cosine decay, in bfloat16 where it saves time."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    warmup = max(5, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 1) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(1, step / steps)))),
+    padding = _Position(pad, -100, 0.0, -1, 0)
+    rows = [sample + [padding] * (longest - len(sample)) for sample in samples]
+    tokens, labels, weights, parts, places = (
+        torch.tensor([[position[field] for position in row] for row in rows]) for field in range(5)
     )
-    for step in count(1):
+    seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])  # (size, positions, positions)
+    seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    batch = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None]}
+    return {**batch, "labels": labels, "weights": weights}
+
+
+def _weighted_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of the labels, each with its weight."""
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    logits = model(**inputs).logits
+    labels, weights = batch["labels"][:, 1:].flatten(), batch["weights"][:, 1:].flatten()
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels, reduction="none")  # 0 where there is none
+    return (losses * weights).sum() / weights.sum()
+
+
+def _fit(model: nn.Module, loss_of_step: Callable, steps: int, rate: float, on_step: OnStep | None) -> None:
+    """Trains with warm-up and cosine decay, in bfloat16 where it saves time."""
+    optimizers = _optimizers(model, rate)
+    warmup = max(5, steps // 20)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min((step + 1) / warmup, 1) * (0.05 + 0.475 * (1 + math.cos(math.pi * min(1, step / steps)))),
+        )
+        for optimizer in optimizers
+    ]
+    for step in range(1, steps + 1):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of_step()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
         if on_step:
             on_step(step, steps, loss.item())
-        if step == steps:
-            return
+
+
+def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for everything else.
+
+    With AdamW alone, a language model of this size stays for thousands of steps where it answers from what is in the
+    picture somewhere, before it learns to look up what belongs together.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=_MUON_RATE, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,8 @@ from types import TracebackType
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+
+OnStep = Callable[..., None]  # steps done, all steps and, now and then, the loss
 
 _WIDTH = 28
 _SMOOTHING = 0.95  # of the loss that is shown
@@ -30,6 +32,7 @@ class Line:
 
     def __init__(self, title: str, position: int = 0, unit: str = "step"):
         self.title = title
+        self.position = position
         self.unit = unit
         self.started = time.perf_counter()
         self.done = 0
@@ -71,22 +74,22 @@ class Line:
         self.close(ended_well=kind is None)
 
 
-class ShowTraining(TrainerCallback):
-    """Shows a training's steps and losses on a line."""
+class TellTraining(TrainerCallback):
+    """Tells of a training's steps and losses."""
 
-    def __init__(self, line: Line):
-        self.line = line
+    def __init__(self, tell: OnStep):
+        self.tell = tell
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # it goes on after an interruption
-            self.line.update(state.global_step, state.max_steps)
+            self.tell(state.global_step, state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self.line.update(state.global_step, state.max_steps, float(logs["loss"]))
+            self.tell(state.global_step, state.max_steps, float(logs["loss"]))
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.line.update(state.global_step, state.max_steps)
+        self.tell(state.global_step, state.max_steps)
 
 
 @contextmanager

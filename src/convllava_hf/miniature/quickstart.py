@@ -4,14 +4,14 @@ import functools
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from .language import KINDS
-from .progress import Line, ShowTraining, logs_to
+from .language import BOXES_SHARE, KINDS
+from .progress import Line, OnStep, TellTraining, logs_to
 from .steps import Run, run_jobs, write_json
 from .world import World
 
@@ -19,7 +19,8 @@ from .world import World
 SIDE = 256  # pixels: 4 x 4 visual tokens at stride 64
 EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
 # What is said about the scenes of a stage: the share of captions. The rest are questions.
-CAPTION_SHARES = {"stage1": 1.0, "stage2": 0.15, "stage3": 0.0}
+CAPTION_SHARES = {"stage1": 1.0, "stage2": 0.1, "stage3": 0.0}
+STAGES = tuple(CAPTION_SHARES)
 TITLES = {
     "vision tower": "stage 0: vision tower",
     "language model": "stage 0: language model",
@@ -46,7 +47,7 @@ class Plan:
     """
 
     tower_steps: int = 1600
-    language_steps: int = 1800
+    language_steps: int = 1200
     stage1_scenes: int = 4800
     stage2_scenes: int = 27200
     stage3_scenes: int = 1600
@@ -76,7 +77,9 @@ def quickstart(run: Run) -> dict[str, Any]:
     seed, plan = settings.pop("seed"), Plan(**settings)
     with logs_to(run.folder / "quickstart.log"), run.clock("total"):
         prepare(run, seed, plan)
-        assemble_model(run, run.folder / "assembled", seed=seed)
+        if not run.is_done("assemble"):
+            with run.step("assemble"):
+                assemble_model(run.folder / "assembled", stage0=run.folder / "stage0", seed=seed)
         train_stage(run, 1, start=run.folder / "assembled", output=run.folder / "stage1", seed=seed)
         train_stage(run, 2, start=run.folder / "stage1", output=run.folder / "stage2", seed=seed)
         train_stage(run, 3, start=run.folder / "stage2", output=run.folder / "model", seed=seed)
@@ -96,28 +99,52 @@ def quickstart(run: Run) -> dict[str, Any]:
 
 def prepare(run: Run, seed: int, plan: Plan) -> None:
     """Stage 0 and the training data, none of which needs the others, at the same time."""
-    stage0 = run.folder / "stage0"
-    jobs = {
-        "vision tower": functools.partial(_train_tower, stage0 / "vision_tower", plan.tower_steps, seed),
+    scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
+    jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps)
+    jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), BOXES_SHARE)
+    run_in_lines(run, jobs, TITLES)
+
+
+def stage0_jobs(
+    folder: Path,
+    seed: int,
+    tower_steps: int,
+    language_steps: int,
+    world: World | None = None,
+    tower_sizes: tuple[int, int] | None = None,
+) -> dict[str, Callable[[Emit], None]]:
+    """What trains the stand-ins for CLIP's tower and for Vicuna, each on one core.
+
+    Args:
+        tower_sizes: pixels of what is in the tower's pictures; default: `pretraining.SIZES`.
+    """
+    return {
+        "vision tower": functools.partial(_train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes),
         "language model": functools.partial(
-            _train_language_model, stage0 / "language_model", plan.language_steps, seed
+            _train_language_model, folder / "language_model", language_steps, seed, world or World()
         ),
-        "data": functools.partial(_draw_data, run.folder / "data", plan, seed),
     }
+
+
+def run_in_lines(run: Run, jobs: Mapping[str, Callable[[Emit], None]], titles: Mapping[str, str]) -> None:
+    """Runs steps that do not need each other at the same time, one for each core, each with its own line."""
     jobs = {name: job for name, job in jobs.items() if not run.is_done(name)}
     losses: dict[str, list[list[float]]] = {name: [] for name in jobs}
     lines: dict[str, Line] = {}
 
     def on_event(name: str, event: tuple[int, int, float | None] | None) -> None:
         if event is None:
-            lines[name].close()
-            run.add_seconds(name, lines[name].seconds)
+            line = lines.pop(name)
+            line.close()
+            run.add_seconds(name, line.seconds)
             if losses[name]:
                 run.set_losses(name, losses[name])
             run.finish(name)
             return
         if name not in lines:
-            lines[name] = Line(TITLES[name], position=len(lines), unit="scene" if name == "data" else "step")
+            free = min(set(range(len(lines) + 1)).difference(line.position for line in lines.values()))
+            unit = "scene" if name.endswith("data") else "step"
+            lines[name] = Line(titles.get(name, name), position=free, unit=unit)
         done, total, loss = event
         lines[name].update(done, total, loss)
         if loss is not None:
@@ -130,58 +157,58 @@ def prepare(run: Run, seed: int, plan: Plan) -> None:
             line.bar.close()
 
 
-def assemble_model(run: Run, output: Path, *, seed: int, side: int = SIDE, name: str = "assemble") -> None:
+def assemble_model(
+    output: Path, *, stage0: Path, seed: int, side: int = SIDE, extra_stage_depth: int = EXTRA_STAGE_DEPTH
+) -> None:
     """The tower with a fresh stage, a fresh projector and the language model, as one checkpoint."""
-    if run.is_done(name):
-        return
     from ..convert import assemble
 
-    with run.step(name):
-        assemble(
-            output,
-            vision=run.folder / "stage0" / "vision_tower",
-            text=run.folder / "stage0" / "language_model",
-            resolution=side,
-            extra_stage_depth=EXTRA_STAGE_DEPTH,
-            extra_stage_width=EXTRA_STAGE_WIDTH,
-            seed=seed,
-            overwrite=True,
-            progress=False,
-        )
+    assemble(
+        output,
+        vision=stage0 / "vision_tower",
+        text=stage0 / "language_model",
+        resolution=side,
+        extra_stage_depth=extra_stage_depth,
+        extra_stage_width=EXTRA_STAGE_WIDTH,
+        seed=seed,
+        overwrite=True,
+        progress=False,
+    )
 
 
-def train_stage(
-    run: Run,
-    stage: int,
-    *,
-    start: Path,
-    output: Path,
-    seed: int,
-    name: str | None = None,
-    options: Sequence[str] = (),
-) -> None:
-    """Runs one of the recipes in `recipes/miniature`, as `convllava train` does.
+def train_stage(run: Run, stage: int, *, start: Path, output: Path, seed: int) -> None:
+    """A step of a run that is one of the paper's stages."""
+    name = f"stage {stage}"
+    if run.is_done(name):
+        return
+    with run.step(name), Line(TITLES[name]) as line:
+        data = run.folder / "data" / f"stage{stage}"
+        run.set_losses(name, train_by_recipe(stage, start, output, data, seed, on_step=line.update))
+
+
+def train_by_recipe(
+    stage: int, start: Path, output: Path, data: Path, seed: int, on_step: OnStep, options: Sequence[str] = ()
+) -> list[list[float]]:
+    """Runs one of the recipes in `recipes/miniature`, as `convllava train` does, or goes on with it.
 
     Args:
         start, output: checkpoints before and after.
-        name: of the step, if it is not the stage's.
+        on_step: called with the steps done, all steps and, now and then, the loss.
         options: more of the command line, over the recipe.
+
+    Returns:
+        `[step, loss]`, all that was logged.
     """
-    name = name or f"stage {stage}"
-    if run.is_done(name):
-        return
     from ..train import main
 
     recipe = resources.files("convllava_hf.miniature.recipes") / f"stage{stage}.yaml"
-    with resources.as_file(recipe) as path, run.step(name), Line(TITLES.get(name, name)) as line:
-        data = run.folder / "data" / f"stage{stage}"
+    with resources.as_file(recipe) as path:
         arguments = ["--config", path, "--model_name_or_path", start, "--output_dir", output, "--dataset_name", data]
         arguments += ["--seed", seed, "--disable_tqdm", "true", "--resume_from_checkpoint", "true", *options]
-        trainer = main([str(argument) for argument in arguments], callbacks=[ShowTraining(line)])
-        rows = [row for row in trainer.state.log_history if "loss" in row]
-        run.set_losses(name, [[row["step"], row["loss"]] for row in rows])
-        for checkpoint in output.glob("checkpoint-*"):  # only to go on from
-            shutil.rmtree(checkpoint)
+        trainer = main([str(argument) for argument in arguments], callbacks=[TellTraining(on_step)])
+    for checkpoint in output.glob("checkpoint-*"):  # only to go on from
+        shutil.rmtree(checkpoint)
+    return [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
 
 
 def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
@@ -199,10 +226,15 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
         answered = ask_about_scenes(
             model, processor, World(), scenes=scenes, seed=seed, side=SIDE, on_step=line.update
         )
-        tokens = processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0]
+        tokens = count_tokens(processor)
         shape = {"parameters": _parameters(model), "resolution": SIDE, "visual_tokens": tokens}
         samples = _save_samples(answered, run.folder)
         run.keep("evaluation", {**score(answered), "model": shape, "samples": samples})
+
+
+def count_tokens(processor) -> int:
+    """Visual tokens of one of the miniature's pictures."""
+    return processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0]
 
 
 def machine() -> str:
@@ -220,45 +252,52 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
 
 
-def _train_tower(folder: Path, steps: int, seed: int, emit: Emit) -> None:
-    _one_thread()
+def draw_data(
+    folder: Path, scenes: Mapping[str, int], seed: int, world: World, boxes_share: float, emit: Emit
+) -> None:
+    """Draws the training samples of some of the stages.
+
+    Args:
+        scenes: their number by stage, `stage1` to `stage3`.
+    """
+    from .samples import write_samples
+
+    done = 0
+    for stage, size in scenes.items():
+        write_samples(
+            folder / stage,
+            world,
+            size=size,
+            seed=[seed, STAGES.index(stage) + 1],
+            caption_share=CAPTION_SHARES[stage],
+            boxes_share=boxes_share,
+            side=SIDE,
+            on_scene=lambda drawn, before=done: emit((before + drawn, sum(scenes.values()), None)),
+        )
+        done += size
+
+
+def _train_tower(folder: Path, steps: int, seed: int, sizes: tuple[int, int] | None, emit: Emit) -> None:
+    one_thread()
     from .pretraining import train_tower
 
-    train_tower(folder, steps=steps, seed=seed, on_step=lambda *event: emit(event))
+    train_tower(folder, steps=steps, seed=seed, sizes=sizes, on_step=lambda *event: emit(event))
 
 
-def _train_language_model(folder: Path, steps: int, seed: int, emit: Emit) -> None:
-    _one_thread()
+def _train_language_model(folder: Path, steps: int, seed: int, world: World, emit: Emit) -> None:
+    one_thread()
     from .pretraining import train_language_model
 
-    train_language_model(folder, steps=steps, seed=seed, on_step=lambda *event: emit(event))
+    train_language_model(folder, steps=steps, seed=seed, world=world, on_step=lambda *event: emit(event))
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     """One core for a job: the jobs share the machine, and steps this small gain little from more."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-
-
-def _draw_data(folder: Path, plan: Plan, seed: int, emit: Emit) -> None:
-    from .samples import write_samples
-
-    sizes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
-    total, done = sum(sizes.values()), 0
-    for number, (stage, size) in enumerate(sizes.items(), start=1):
-        write_samples(
-            folder / stage,
-            World(),
-            size=size,
-            seed=[seed, number],
-            caption_share=CAPTION_SHARES[stage],
-            side=SIDE,
-            on_scene=lambda drawn, before=done: emit((before + drawn, total, None)),
-        )
-        done += size
 
 
 def _parameters(model) -> dict[str, int]:

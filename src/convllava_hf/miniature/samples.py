@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .drawing import draw
-from .language import conversation
+from .language import BOXES_SHARE, conversation
 from .world import World
 
 
@@ -26,6 +26,7 @@ def write_samples(
     size: int,
     seed: int | Sequence[int],
     caption_share: float,
+    boxes_share: float = BOXES_SHARE,
     side: int = 256,
     on_scene: Callable[[int], None] | None = None,
 ) -> Path:
@@ -35,7 +36,7 @@ def write_samples(
         folder: what `datasets.load_from_disk` reads; it appears when it is complete.
         size: number of scenes, one sample each.
         seed: of scenes and questions.
-        caption_share: share of samples that are a caption; the others are questions of all kinds.
+        caption_share, boxes_share: of what is said, as `language.conversation` takes them.
         side: height and width of the pictures in pixels.
         on_scene: called with the number of scenes drawn so far.
     """
@@ -53,7 +54,8 @@ def write_samples(
         }
     )
     rows = []
-    for row in sample_rows(world, size=size, seed=seed, caption_share=caption_share, side=side):
+    shares = {"caption_share": caption_share, "boxes_share": boxes_share}
+    for row in sample_rows(world, size=size, seed=seed, side=side, **shares):
         rows.append(row)
         if on_scene and (len(rows) % _REPORT_EVERY == 0 or len(rows) == size):
             on_scene(len(rows))
@@ -61,21 +63,27 @@ def write_samples(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows, features=features).save_to_disk(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder
 
 
 def sample_rows(
-    world: World, *, size: int, seed: int | Sequence[int], caption_share: float, side: int
+    world: World,
+    *,
+    size: int,
+    seed: int | Sequence[int],
+    caption_share: float,
+    boxes_share: float = BOXES_SHARE,
+    side: int = 256,
 ) -> Iterator[dict[str, Any]]:
     """Samples of the Hub's form: `images` as PNG bytes and `messages`, the picture first in the first of them."""
     rng = np.random.default_rng(seed)
     for scene in islice(world.scenes("train", seed), size):
         messages = []
-        for question, answer in conversation(scene, rng, caption_share):
+        for question, answer in conversation(scene, rng, caption_share, boxes_share):
             content = [{"type": "text", "text": question}]
             if not messages:
                 content.insert(0, {"type": "image", "text": None})

@@ -38,7 +38,15 @@ class Answered:
 
 
 def ask_about_scenes(
-    model, processor, world: World, *, scenes: int, seed: int, side: int = 256, on_step: OnStep | None = None
+    model,
+    processor,
+    world: World,
+    *,
+    scenes: int,
+    seed: int,
+    side: int = 256,
+    kinds: Sequence[str] = KINDS,
+    on_step: OnStep | None = None,
 ) -> list[Answered]:
     """Asks a model one question of each kind about scenes of the test split, twice: seeing and blind.
 
@@ -48,10 +56,12 @@ def ask_about_scenes(
         scenes: their number.
         seed: of the scenes and questions.
         side: height and width of the pictures in pixels.
+        kinds: of the questions.
     """
     shown = list(islice(world.scenes("test", seed), scenes))
     rng = np.random.default_rng([seed, 400])
     asked = [(index, question) for index, scene in enumerate(shown) for question in questions(scene, rng)]
+    asked = [item for item in asked if item[1].kind in kinds]
     asked.sort(key=lambda item: KINDS.index(item[1].kind))  # answers of a batch are then of like length
     pictures = [draw(scene, side) for scene in shown]
     answers: list[list[str]] = []
@@ -71,7 +81,7 @@ def score(answered: Sequence[Answered]) -> dict[str, dict]:
     `chance` is the accuracy of the constant answer that is right most often.
     """
     result: dict[str, dict] = {"accuracy": {}, "chance": {}, "blind": {}, "questions": {}}
-    for kind in KINDS:
+    for kind in dict.fromkeys(row.question.kind for row in answered):
         rows = [row for row in answered if row.question.kind == kind]
         truths = [row.question.answer for row in rows]
         result["accuracy"][kind] = _share(is_right(kind, row.answer, row.question.answer) for row in rows)

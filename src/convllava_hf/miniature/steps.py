@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from queue import Empty
 from typing import Any
 
 from ..errors import ConvLlavaError
+from ..noise import quiet_imports
 
 
 _RECORD = "run.json"
@@ -118,7 +120,9 @@ def run_jobs(jobs: Mapping[str, Callable], on_event: Callable[[str, Any], None],
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = next(iter(waiting))
-                process = context.Process(target=_work, args=(name, waiting.pop(name), queue), daemon=True)
+                process = context.Process(
+                    target=_work, args=(name, pickle.dumps(waiting.pop(name)), queue), daemon=True
+                )
                 process.start()
                 running[name] = process
             try:
@@ -140,15 +144,23 @@ def run_jobs(jobs: Mapping[str, Callable], on_event: Callable[[str, Any], None],
             process.join()
 
 
-def _work(name: str, job: Callable, queue) -> None:
+def _work(name: str, job: bytes, queue) -> None:
     import signal
+    import threading
     import traceback
 
-    logging.disable(logging.WARNING)  # of libraries, about their own code
+    quiet_imports()  # a job brings them as soon as it is unpickled
+    logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its jobs
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # also where it is killed
     try:
-        job(lambda value: queue.put((name, "emitted", value)))
+        pickle.loads(job)(lambda value: queue.put((name, "emitted", value)))
     except Exception:
         queue.put((name, "failed", traceback.format_exc()))
     else:
         queue.put((name, "ended", None))
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -23,6 +23,7 @@ SPLITS = ("train", "test")
 _TEST_SHARE = 8  # one scene in so many belongs to the test split
 _MOST_THINGS = 4
 _TRIES = 100
+_MOST_SMALLEST, _MOST_LARGEST = 6, 8  # units: five larger ones would seldom fit
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in twentieths of the picture's side
 
@@ -76,11 +77,23 @@ class World:
         thing_sizes: of the coloured shapes.
         sign_sizes: of the sign.
         handwritten: share of signs with a handwritten digit.
+
+    Raises:
+        ValueError: things of these sizes do not fit into a picture.
     """
 
     thing_sizes: tuple[int, int] = (5, 8)
     sign_sizes: tuple[int, int] = (4, 6)
     handwritten: float = 0.5
+
+    def __post_init__(self):
+        for name in ("thing_sizes", "sign_sizes"):
+            smallest, largest = getattr(self, name)
+            if not 1 <= smallest <= largest <= _MOST_LARGEST or smallest > _MOST_SMALLEST:
+                raise ValueError(
+                    f"{name}={(smallest, largest)}: {_MOST_THINGS} things and a sign would not fit into a picture of "
+                    f"{UNITS} units; expected a smallest of 1 to {_MOST_SMALLEST} and a largest up to {_MOST_LARGEST}."
+                )
 
     def scenes(self, split: str, seed: int | Sequence[int]) -> Iterator[Scene]:
         """Scenes without end; the same ones for the same world, split and seed.

@@ -1,0 +1,333 @@
+"""`convllava quickstart --findings`: what the paper found about towers and resolutions, tried out in miniature.
+
+For each seed a tower and a language model are trained once, then joined and trained in several arms, two arms at the
+same time. Arms that are compared differ in one thing only; all see the same pictures in the same order.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from .language import GENERAL
+from .progress import logs_to
+from .quickstart import (
+    EXTRA_STAGE_DEPTH,
+    SIDE,
+    Emit,
+    assemble_model,
+    count_tokens,
+    draw_data,
+    machine,
+    one_thread,
+    run_in_lines,
+    stage0_jobs,
+    train_by_recipe,
+    versions,
+)
+from .steps import Run, write_json
+from .world import World
+
+
+SEEDS = 3
+KINDS = ("reading", *GENERAL)
+# Signs so small that twice the resolution decides whether their digits can be read.
+WORLD = World(sign_sizes=(3, 5))
+# Pixels of what the tower sees in stage 0: from a sign's in a picture of 128 pixels to a thing's in one of 256.
+TOWER_SIZES = (19, 102)
+# A job may have no processes of its own, so that none is left behind when it is ended.
+_IN_A_JOB = ("--dataloader_num_workers", "0")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and train a tower.
+
+    Args:
+        side: of the pictures in pixels.
+        stages: of the tower, 4 or 5.
+        trained: of the tower in stage 2, as the recipe's `trainable` has it.
+    """
+
+    label: str
+    side: int
+    stages: int
+    trained: str
+
+
+ARMS = {
+    "frozen": Arm("pretrained stages frozen", SIDE, 5, "vision_tower.stages.4"),
+    "stage4": Arm("updated from stage 4", SIDE, 5, "vision_tower.stages.[3-4]"),
+    "stage3": Arm("five stages, updated from stage 3", SIDE, 5, "vision_tower.stages.[2-4]"),
+    "stage2": Arm("updated from stage 2", SIDE, 5, "vision_tower.stages.[1-4]"),
+    "four": Arm("four stages, updated from stage 3", SIDE // 2, 4, "vision_tower.stages.[2-3]"),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one arm answers questions of a kind better than another, as the paper has it."""
+
+    text: str
+    kind: str
+    worse: str
+    better: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper found, and the arms that try it out.
+
+    Args:
+        columns, rows: the paper's figures by arm.
+        source: where they stand.
+    """
+
+    title: str
+    question: str
+    arms: tuple[str, ...]
+    kinds: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[float, ...]]
+    source: str
+
+
+_BENCHMARKS = ("MMBench", "SEED", "TextVQA", "DocVQA")
+_KINDS = ("reading", "color", "shape", "count")
+FINDINGS = (
+    Finding(
+        "Updating the tower",
+        "Both arms read pictures of twice the side that the tower was pretrained at. One leaves its pretrained stages "
+        "as they are; the other updates them from the third on. The fifth stage is new and trained in both.",
+        ("frozen", "stage3"),
+        _KINDS,
+        (
+            Claim("updating the tower helps reading", "reading", "frozen", "stage3"),
+            Claim("updating the tower helps to name shapes", "shape", "frozen", "stage3"),
+        ),
+        _BENCHMARKS,
+        {"frozen": (63.2, 65.7, 53.7, 29.8), "stage3": (66.5, 68.6, 60.0, 40.2)},
+        "tables 2 and 3, ConvNeXt-L of four stages at 768 px, frozen and updated",
+    ),
+    Finding(
+        "Five stages at twice the resolution",
+        "Both arms spend 16 visual tokens on a picture: four stages on 128 pixels a side, five on 256. The tower was "
+        "pretrained on things of both sizes, and the digits on signs are small.",
+        ("four", "stage3"),
+        _KINDS,
+        (Claim("for as many tokens, the higher resolution reads better", "reading", "four", "stage3"),),
+        _BENCHMARKS,
+        {"four": (66.5, 68.6, 60.0, 40.2), "stage3": (64.3, 69.1, 60.7, 42.5)},
+        "table 4, 576 tokens: four stages at 768 px, five stages at 1536 px",
+    ),
+    Finding(
+        "Where to start updating",
+        "The tower is updated from its second, third or fourth stage on.",
+        ("stage2", "stage3", "stage4"),
+        _KINDS,
+        (
+            Claim("reading gains by starting at stage 3 and not at 4", "reading", "stage4", "stage3"),
+            Claim(
+                "there is no more to gain from stage 2 (in the paper: +0.1 on TextVQA)", "reading", "stage3", "stage2"
+            ),
+        ),
+        _BENCHMARKS,
+        {
+            "stage2": (65.1, 67.7, 54.8, 31.1),
+            "stage3": (65.3, 67.7, 54.7, 31.1),
+            "stage4": (66.2, 67.0, 52.2, 28.2),
+        },
+        "table 9, five stages at 768 px",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class FindingsPlan:
+    """How much of everything, for each seed.
+
+    Args:
+        tower_steps, language_steps: of stage 0.
+        stage1_scenes, stage2_scenes: training samples, each seen once. There is no stage 3.
+        test_scenes: that each arm is asked about.
+        seeds: how many.
+    """
+
+    tower_steps: int = 2400
+    language_steps: int = 1000
+    stage1_scenes: int = 4800
+    stage2_scenes: int = 20000
+    test_scenes: int = 400
+    seeds: int = SEEDS
+
+
+def open_findings(folder: str | Path, *, seed: int = 0, plan: FindingsPlan | None = None) -> Run:
+    """A folder of findings: a new one, or that of a run which was interrupted.
+
+    Args:
+        seed: the first; the others follow it.
+
+    Raises:
+        ConvLlavaError: the folder holds something else.
+    """
+    return Run(Path(folder), {"findings": True, "seed": seed, **asdict(plan or FindingsPlan())})
+
+
+def find_out(run: Run) -> dict[str, Any]:
+    """Trains and judges all arms for every seed, as far as the run has not come yet.
+
+    Returns:
+        What is in `findings.json`.
+    """
+    settings = {key: value for key, value in run.record["settings"].items() if key != "findings"}
+    first, plan = settings.pop("seed"), FindingsPlan(**settings)
+    seeds = range(first, first + plan.seeds)
+    with logs_to(run.folder / "findings.log"), run.clock("total"):
+        for seed in seeds:
+            for jobs in (_prepare, _align, _train_arms):
+                run_in_lines(run, jobs(run.folder, seed, plan), titles={})
+    findings = {
+        "seeds": list(seeds),
+        "scenes": plan.test_scenes,
+        "seconds": run.record["seconds"]["total"],
+        "machine": machine(),
+        "versions": versions(),
+        "settings": run.record["settings"],
+        **_collect(run, seeds),
+    }
+    write_json(run.folder / "findings.json", findings)
+    return findings
+
+
+def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
+    """Stage 0 and the pictures of a seed, which its arms share. No boxes are asked for: they take long to learn."""
+    place = _place(folder, seed)
+    jobs = stage0_jobs(
+        place / "stage0", seed, plan.tower_steps, plan.language_steps, world=WORLD, tower_sizes=TOWER_SIZES
+    )
+    scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
+    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, 0)
+    return {_name(seed, name): job for name, job in jobs.items()}
+
+
+def _align(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
+    """Stage 1, once for each architecture."""
+    shapes = {(arm.side, arm.stages) for arm in ARMS.values()}
+    return {
+        _name(seed, f"stage 1, {stages} stages"): functools.partial(
+            _train_stage1, _place(folder, seed), side, stages, seed
+        )
+        for side, stages in sorted(shapes, reverse=True)
+    }
+
+
+def _train_arms(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
+    return {
+        _name(seed, name): functools.partial(_train_arm, _place(folder, seed), name, seed, plan.test_scenes)
+        for name in ARMS
+    }
+
+
+def _place(folder: Path, seed: int) -> Path:
+    return folder / f"seed{seed}"
+
+
+def _name(seed: int, what: str) -> str:
+    return f"seed {seed}: {what}"
+
+
+def _train_stage1(place: Path, side: int, stages: int, seed: int, emit: Emit) -> None:
+    one_thread()
+    start, output = place / f"assembled{stages}", place / f"stage1-{stages}"
+    extra = EXTRA_STAGE_DEPTH if stages == 5 else 0
+    assemble_model(start, stage0=place / "stage0", seed=seed, side=side, extra_stage_depth=extra)
+    trained = ["projector"] if stages == 4 else ["projector", "vision_tower.stages.4"]
+    options = [*_IN_A_JOB, "--trainable", *trained]
+    with logs_to(place / f"stage1-{stages}.log"):
+        train_by_recipe(1, start, output, place / "data" / "stage1", seed, _teller(emit), options)
+
+
+def _train_arm(place: Path, name: str, seed: int, scenes: int, emit: Emit) -> None:
+    """Stage 2 of an arm, and what it comes to, into `NAME.json`."""
+    one_thread()
+    arm, output = ARMS[name], place / name
+    options = [*_IN_A_JOB, "--trainable", "projector", arm.trained, "language_model", "lm_head"]
+    resumed, started = output.exists(), time.perf_counter()
+    with logs_to(place / f"{name}.log"):
+        data = place / "data" / "stage2"
+        losses = train_by_recipe(2, place / f"stage1-{arm.stages}", output, data, seed, _teller(emit), options)
+        seconds = None if resumed else round(time.perf_counter() - started, 1)
+        result = {"seed": seed, "seconds": seconds, **_judge(output, seed, scenes), "losses": losses}
+    write_json(place / f"{name}.json", result)
+
+
+def _teller(emit: Emit) -> Callable[..., None]:
+    return lambda done, total, loss=None: emit((done, total, loss))
+
+
+def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
+    """Scores on unseen scenes, and what a picture costs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoProcessor
+
+    from .. import AutoModelForVision2Seq
+    from .scoring import ask_about_scenes, score
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForVision2Seq.from_pretrained(checkpoint).eval()
+    answered = ask_about_scenes(model, processor, WORLD, scenes=scenes, seed=seed, side=SIDE, kinds=KINDS)
+    scores = score(answered)
+    side = model.config.vision_config.image_size
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.model.vision_tower(torch.zeros(1, 3, side, side, dtype=model.dtype))
+    cost = {"visual_tokens": count_tokens(processor), "operations_per_picture": counter.get_total_flops()}
+    return {**scores, **cost}
+
+
+def _collect(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
+    """What all arms came to, and what follows for each finding."""
+    arms = {}
+    for name, arm in ARMS.items():
+        runs = [json.loads((_place(run.folder, seed) / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]
+        arms[name] = {
+            "label": arm.label,
+            "resolution": arm.side,
+            "stages": arm.stages,
+            "visual_tokens": runs[0].pop("visual_tokens"),
+            "operations_per_picture": runs[0].pop("operations_per_picture"),
+            "runs": runs,
+        }
+    return {"arms": arms, "findings": [_finding(finding, arms) for finding in FINDINGS]}
+
+
+def _finding(finding: Finding, arms: Mapping[str, Mapping]) -> dict[str, Any]:
+    paper = {"columns": finding.columns, "rows": finding.rows, "source": finding.source}
+    sentences = [conclude(claim, arms) for claim in finding.claims]
+    return {
+        "title": finding.title,
+        "question": finding.question,
+        "arms": finding.arms,
+        "kinds": finding.kinds,
+        "paper": paper,
+        "conclusion": " ".join(sentences),
+    }
+
+
+def conclude(claim: Claim, arms: Mapping[str, Mapping]) -> str:
+    """A sentence that says whether a claim holds: in every seed, in none, or in some."""
+    gains = [
+        better["accuracy"][claim.kind] - worse["accuracy"][claim.kind]
+        for worse, better in zip(arms[claim.worse]["runs"], arms[claim.better]["runs"], strict=True)
+    ]
+    held = sum(gain > 0 for gain in gains)
+    verdict = "reproduced" if held == len(gains) else "not reproduced" if held == 0 else "not decided"
+    spread = f"{mean(gains):+.2f} in the mean, {min(gains):+.2f} to {max(gains):+.2f}"
+    text = claim.text[0].upper() + claim.text[1:]
+    return f"{text}: {verdict}, {held} of {len(gains)} seeds ({claim.kind} {spread})."
