@@ -26,10 +26,10 @@ TINY = Plan(
 # What four minutes teach; reading, presence and boxes come later, and are left to the quickstart itself. The floors
 # stand far below what was measured (0.69, 0.54, 0.55) and above what can be had without seeing.
 SMALL = Plan(
-    tower_steps=1000,
-    language_steps=1000,
+    tower_steps=800,
+    language_steps=700,
     stage1_scenes=2400,
-    stage2_scenes=11200,
+    stage2_scenes=8000,
     stage3_scenes=480,
     test_scenes=250,
 )
