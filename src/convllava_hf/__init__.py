@@ -39,11 +39,12 @@ def __getattr__(name: str):
 
 
 def _command_line_starts() -> bool:
-    """Whether this process is `convllava ...` or `python -m convllava_hf ...`."""
+    """Whether this process is `convllava ...` or `python -m convllava_hf ...`, or one that it has started."""
     program = sys.argv[0] if sys.argv else ""
     if program == "-m":  # what it is while Python looks for the module to run
         return __name__ in sys.orig_argv
-    return Path(program).name in ("convllava", "convllava.exe")
+    program = Path(program)
+    return program.name in ("convllava", "convllava.exe") or program == Path(__file__).with_name("__main__.py")
 
 
 # The command line answers --help and mistakes without waiting for torch; it registers before it runs a command.
