@@ -138,19 +138,15 @@ def test_questions_about_text_are_tokenized_as_the_chat_template_does(tokenizer,
     assert number > 32 * 5
 
 
-def test_every_answer_weighs_the_same_but_boxes(tokenizer, text_batch):
-    boxes = Counter()
+def test_every_answer_weighs_the_same(text_batch):
     for _, *asked in parts_of(text_batch):
-        for ids, labels, weights in asked:
-            is_box = tokenizer.decode(ids).startswith("Give")
-            boxes[is_box] += 1
-            assert sum(weights) == pytest.approx(3.5 if is_box else 1)
+        for _, labels, weights in asked:
+            assert sum(weights) == pytest.approx(1)
             assert [weight > 0 for weight in weights] == [label != -100 for label in labels]
-    assert min(boxes.values()) > 20 and len(boxes) == 2
 
 
 def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
-    """Positions, mask and padding: the loss of a batch is the weighted mean of single questions."""
+    """Positions, mask and padding: the loss of a batch is the mean of the model's own losses of single questions."""
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -162,54 +158,35 @@ def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
-    alone, weights = [], []
+    alone = []
     for picture, *asked in parts_of(text_batch)[:6]:
-        for ids, labels, weight in asked:
-            weights.append(sum(weight))
+        for ids, labels, _ in asked:
             row = {"input_ids": picture[0] + ids, "labels": picture[1] + labels}
             with torch.no_grad():
                 alone.append(model(**{name: torch.tensor([values]) for name, values in row.items()}).loss.item())
     with torch.no_grad():
-        batch = {name: values[:6] for name, values in text_batch.items()}
-        together = pretraining._weighted_loss(model, batch)
-    assert together.item() == pytest.approx(np.average(alone, weights=weights), abs=1e-4)
+        together = pretraining._weighted_loss(model, {name: values[:6] for name, values in text_batch.items()})
+    assert together.item() == pytest.approx(np.mean(alone), abs=1e-4)
 
 
-@pytest.mark.parametrize("boxes_share", [0, 1])
-def test_text_batches_tell_what_is_asked(tokenizer, boxes_share):
+def test_text_batches_tell_what_is_asked(tokenizer):
     """Every answer, by other code, from the text picture that comes first; no question twice."""
     captions, number = 0, 0
-    for picture, *asked in parts_of(next(pretraining.text_batches(tokenizer, World(), 0, 64, boxes_share))):
-        cells = cells_of(re.fullmatch(r"<s>USER: (.*)\n", tokenizer.decode(picture[0]))[1])
+    for picture, *asked in parts_of(next(pretraining.text_batches(tokenizer, World(), 0, 64))):
+        told = tokenizer.decode(picture[0])
+        cells = re.fullmatch(r"<s>USER: (.*)\n", told)[1].split(" ")
         assert len(cells) == 16
-        things = [
-            Seen(*name.split("-"), tuple(map(float, edges)) or cell_box(place))
-            for place, (name, edges) in enumerate(cells)
-            if "-" in name
-        ]
+        things = [Seen(*name.split("-"), cell_box(place)) for place, name in enumerate(cells) if "-" in name]
         (sign,) = [thing for thing in things if thing.color == "sign"]
         things.remove(sign)
         everything = [*things, Seen("", "sign", sign.box)]
         turns = [re.fullmatch(r"(.*) ASSISTANT: (.*)</s>", tokenizer.decode(ids)).groups() for ids, _, _ in asked]
         assert len(dict(turns)) == len(turns)
-        assert sum(prompt.startswith("Give") for prompt, _ in turns) == boxes_share * len(things)
         for prompt, answer in turns:
             is_caption = prompt.startswith("Describe")
             captions, number = captions + is_caption, number + (not is_caption)
             assert answer_of(prompt, everything if is_caption else things, int(sign.shape), 1) == answer
     assert captions > 5 and number > 300
-
-
-def cells_of(text: str) -> list[tuple[str, list[str]]]:
-    """A text picture's cells: `ground`, or a thing's or sign's name, and the edges that stand before it."""
-    cells, edges = [], []
-    for word in text.split(" "):
-        if re.fullmatch(r"\d\.\d\d", word):
-            edges.append(word)
-        else:
-            cells.append((word, edges))
-            edges = []
-    return cells
 
 
 def cell_box(place: int) -> tuple[float, ...]:

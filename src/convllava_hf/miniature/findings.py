@@ -41,7 +41,6 @@ KINDS = ("reading", *GENERAL)
 WORLD = World(sign_sizes=(3, 5))
 # Pixels of what the tower sees in stage 0: from a sign's in a picture of 128 pixels to a thing's in one of 256.
 TOWER_SIZES = (19, 102)
-CAPTION_SHARES = {"stage1": 1.0, "stage2": 0.1}
 # A job may have no processes of its own, so that none is left behind when it is ended.
 _IN_A_JOB = ("--dataloader_num_workers", "0")
 
@@ -211,16 +210,10 @@ def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
     """Stage 0 and the pictures of a seed, which its arms share. No boxes are asked for: they take long to learn."""
     place = _place(folder, seed)
     jobs = stage0_jobs(
-        place / "stage0",
-        seed,
-        plan.tower_steps,
-        plan.language_steps,
-        world=WORLD,
-        tower_sizes=TOWER_SIZES,
-        text_boxes_share=0,
+        place / "stage0", seed, plan.tower_steps, plan.language_steps, world=WORLD, tower_sizes=TOWER_SIZES
     )
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
-    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, CAPTION_SHARES, 0)
+    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, 0)
     return {_name(seed, name): job for name, job in jobs.items()}
 
 

@@ -25,7 +25,7 @@ class Question:
 
 def box_text(box: Box) -> str:
     """`[left, top, right, bottom]` from 0 to 1, as LLaVA's data sets write boxes."""
-    return f"[{_edges(box, ', ')}]"
+    return f"[{', '.join(f'{value / UNITS:.2f}' for value in box)}]"
 
 
 def caption(scene: Scene) -> str:
@@ -35,20 +35,15 @@ def caption(scene: Scene) -> str:
     return ", ".join(what for _, what in sorted(facts)) + "."
 
 
-def text_picture(scene: Scene, edges: bool = False) -> str:
-    """A scene in words, cell by cell in reading order: what a language model can look at.
+def text_picture(scene: Scene) -> str:
+    """A scene in words, one for each cell in reading order: what a language model can look at.
 
-    Text pictures are to the miniature's language model what all that it has read is to Vicuna: a way to know about
-    things, places and questions about them before it ever sees a picture.
-
-    Args:
-        edges: what is in a cell stands behind its edges, so that the word which names it can gather them: a visual
-            token, too, has all of it at once. Without them there is one word for each cell, at the very positions
-            where visual tokens will be.
+    They stand at the very positions where visual tokens will be. Text pictures are to the miniature's language model
+    what all that it has read is to Vicuna: a way to know about things, places and questions about them before it ever
+    sees a picture.
     """
-    words = {cell_of(thing.box): (thing.box, f"{thing.color}-{thing.shape}") for thing in scene.things}
-    words[cell_of(scene.sign.box)] = (scene.sign.box, f"sign-{scene.sign.digit}")
-    words = {cell: f"{_edges(box)} {word}" if edges else word for cell, (box, word) in words.items()}
+    words = {cell_of(thing.box): f"{thing.color}-{thing.shape}" for thing in scene.things}
+    words[cell_of(scene.sign.box)] = f"sign-{scene.sign.digit}"
     return " ".join(words.get((row, column), "ground") for row in range(CELLS) for column in range(CELLS))
 
 
@@ -70,7 +65,7 @@ def conversation(
     asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
     asked = [asked[i] for i in rng.permutation(len(asked))]
     if with_boxes:
-        asked += [grounding(scene.things[i]) for i in rng.permutation(len(scene.things))]
+        asked += [_grounding(scene.things[i]) for i in rng.permutation(len(scene.things))]
     return [(question.text, question.answer) for question in asked]
 
 
@@ -90,7 +85,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     found.append(_presence(scene, rng))
     number = sum(scene.counted in (thing.color, thing.shape) for thing in scene.things)
     found.append(Question("count", f"How many {_plural(scene.counted)} are there?", NUMBERS[number]))
-    found.append(grounding(scene.things[rng.integers(len(scene.things))]))
+    found.append(_grounding(scene.things[rng.integers(len(scene.things))]))
     return found
 
 
@@ -108,8 +103,7 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
     return Question("presence", f"Is there {_article(color)} {shape}?", "no")
 
 
-def grounding(thing: Thing) -> Question:
-    """The question for a thing's box."""
+def _grounding(thing: Thing) -> Question:
     return Question("grounding", f"Give the bounding box of the {thing.color} {thing.shape}.", box_text(thing.box))
 
 
@@ -121,10 +115,6 @@ def _alone(scene: Scene, attribute: str) -> list[Thing]:
 
 def _article(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def _edges(box: Box, between: str = " ") -> str:
-    return between.join(f"{value / UNITS:.2f}" for value in box)
 
 
 def _plural(counted: str) -> str:

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..convert.writing import new_checkpoint_folder
 from .drawing import draw_sign, draw_thing
-from .language import CAPTION_PROMPT, caption, conversation, grounding, questions, text_picture
+from .language import CAPTION_PROMPT, caption, conversation, questions, text_picture
 from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
 
 
@@ -41,7 +41,6 @@ CHAT_TEMPLATE = (
 _PIECES = r" ?[A-Za-z]+(?:-[A-Za-z0-9]+)?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s"
 _CAPTION_SHARE = 0.2
 _MUON_RATE = 0.02
-_BOX_WEIGHT = 3.5
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
@@ -96,14 +95,11 @@ def train_language_model(
     steps: int,
     seed: int,
     world: World | None = None,
-    boxes_share: float = 0.5,
     on_step: OnStep | None = None,
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
 
-    Args:
-        folder: a transformers folder to make.
-        boxes_share: how often a text picture has edges, and boxes are asked for.
+    Boxes are not among what it is told or asked: where a thing reaches, pictures teach it later.
     """
     torch.manual_seed(seed)
     world = world or World()
@@ -124,7 +120,7 @@ def train_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    batches = text_batches(tokenizer, world, seed, boxes_share=boxes_share)
+    batches = text_batches(tokenizer, world, seed)
     _fit(model, lambda: _weighted_loss(model, next(batches)), steps, 2e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
@@ -228,18 +224,12 @@ def _texts(world: World, scenes: int) -> Iterator[str]:
             yield f"USER: {question} ASSISTANT: {answer}"
 
 
-def text_batches(
-    tokenizer, world: World, seed: int, size: int = 16, boxes_share: float = 0.5
-) -> Iterator[dict[str, torch.Tensor]]:
+def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of text pictures, each with many questions that do not see each other, and the loss on the answers.
 
     Every question stands right behind its picture, by position and by mask. Were they the turns of a conversation,
     much could be answered from what was said before, and the language model would learn to look things up in the
     picture only after thousands of steps more.
-
-    Args:
-        size: number of pictures.
-        boxes_share: how often a text picture has edges, and boxes are asked for.
 
     Returns:
         Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions), and
@@ -248,9 +238,7 @@ def text_batches(
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
     scenes, rng = world.scenes("train", [seed, 1]), np.random.default_rng([seed, 200])
     while True:
-        samples = [
-            _text_sample(scene, rng, tokenizer, encode, boxes_share) for scene in itertools.islice(scenes, size)
-        ]
+        samples = [_text_sample(scene, rng, tokenizer, encode) for scene in itertools.islice(scenes, size)]
         yield _text_batch(samples, tokenizer.pad_token_id)
 
 
@@ -262,33 +250,26 @@ class _Position(NamedTuple):
     place: int
 
 
-def _text_sample(
-    scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable, boxes_share: float
-) -> list[_Position]:
+def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[_Position]:
     """A text picture and questions about it, each tokenized as the chat template writes it alone.
 
-    The tokens of an answer weigh 1 together, for captions not to drown yes and no; those of a box, which are hard,
-    weigh `_BOX_WEIGHT`.
+    The tokens of an answer weigh 1 together, for captions not to drown yes and no.
     """
-    edges = boxes_share > 0 and rng.random() < boxes_share
-    words = [token for word in text_picture(scene, edges).split() for token in encode(f" {word}")]
+    words = [token for word in text_picture(scene).split() for token in encode(f" {word}")]
     picture = [tokenizer.bos_token_id, *encode("USER:"), *words, *encode("\n")]
     sample = [_Position(token, -100, 0.0, 0, place) for place, token in enumerate(picture)]
-    for part, (question, answer) in enumerate(_asked_of_text(scene, rng, boxes=edges), start=1):
+    for part, (question, answer) in enumerate(_asked_of_text(scene, rng), start=1):
         asked = encode(question) + encode(" ASSISTANT:")
         answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
         labels = [-100] * len(asked) + answered
-        weight = (_BOX_WEIGHT if answer.startswith("[") else 1) / len(answered)
         for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=len(picture)):
-            sample.append(_Position(token, label, 0.0 if label == -100 else weight, part, place))
+            sample.append(_Position(token, label, 0.0 if label == -100 else 1 / len(answered), part, place))
     return sample
 
 
-def _asked_of_text(scene: Scene, rng: np.random.Generator, boxes: bool) -> list[tuple[str, str]]:
-    """Questions of each kind, drawn twice, the boxes of all things or none, and now and then the caption."""
+def _asked_of_text(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions of each kind but for boxes, drawn twice, and now and then the caption; none of them twice."""
     asked = [question for _ in range(2) for question in questions(scene, rng) if question.kind != "grounding"]
-    if boxes:
-        asked += [grounding(thing) for thing in scene.things]
     turns = [(question.text, question.answer) for question in asked]
     if rng.random() < _CAPTION_SHARE:
         turns.append((CAPTION_PROMPT, caption(scene)))

@@ -18,10 +18,9 @@ from .world import World
 
 SIDE = 256  # pixels: 4 x 4 visual tokens at stride 64
 EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
-# What is said about the scenes of a stage: the share of captions. The rest are questions. In stage 1 there are some of
-# them, and boxes: the fifth stage has to learn early to tell the language model where things are.
-CAPTION_SHARES = {"stage1": 0.5, "stage2": 0.1, "stage3": 0.0}
-STAGES = ("stage1", "stage2", "stage3")
+# What is said about the scenes of a stage: the share of captions. The rest are questions.
+CAPTION_SHARES = {"stage1": 1.0, "stage2": 0.1, "stage3": 0.0}
+STAGES = tuple(CAPTION_SHARES)
 TITLES = {
     "vision tower": "stage 0: vision tower",
     "language model": "stage 0: language model",
@@ -48,9 +47,9 @@ class Plan:
     """
 
     tower_steps: int = 1600
-    language_steps: int = 1800
-    stage1_scenes: int = 6400
-    stage2_scenes: int = 25600
+    language_steps: int = 1200
+    stage1_scenes: int = 4800
+    stage2_scenes: int = 20000
     stage3_scenes: int = 1600
     test_scenes: int = 600
 
@@ -102,9 +101,7 @@ def prepare(run: Run, seed: int, plan: Plan) -> None:
     """Stage 0 and the training data, none of which needs the others, at the same time."""
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
     jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps)
-    jobs["data"] = functools.partial(
-        draw_data, run.folder / "data", scenes, seed, World(), CAPTION_SHARES, BOXES_SHARE
-    )
+    jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), BOXES_SHARE)
     run_in_lines(run, jobs, TITLES)
 
 
@@ -115,18 +112,16 @@ def stage0_jobs(
     language_steps: int,
     world: World | None = None,
     tower_sizes: tuple[int, int] | None = None,
-    text_boxes_share: float = 0.5,
 ) -> dict[str, Callable[[Emit], None]]:
     """What trains the stand-ins for CLIP's tower and for Vicuna, each on one core.
 
     Args:
         tower_sizes: pixels of what is in the tower's pictures; default: `pretraining.SIZES`.
-        text_boxes_share: how often the language model is asked for boxes.
     """
     return {
         "vision tower": functools.partial(_train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes),
         "language model": functools.partial(
-            _train_language_model, folder / "language_model", language_steps, seed, world or World(), text_boxes_share
+            _train_language_model, folder / "language_model", language_steps, seed, world or World()
         ),
     }
 
@@ -258,19 +253,12 @@ def versions() -> dict[str, str]:
 
 
 def draw_data(
-    folder: Path,
-    scenes: Mapping[str, int],
-    seed: int,
-    world: World,
-    caption_shares: Mapping[str, float],
-    boxes_share: float,
-    emit: Emit,
+    folder: Path, scenes: Mapping[str, int], seed: int, world: World, boxes_share: float, emit: Emit
 ) -> None:
     """Draws the training samples of some of the stages.
 
     Args:
-        scenes: their number by stage, one of `STAGES`.
-        caption_shares: by stage; these and `boxes_share` are as `language.conversation` takes them.
+        scenes: their number by stage, `stage1` to `stage3`.
     """
     from .samples import write_samples
 
@@ -281,7 +269,7 @@ def draw_data(
             world,
             size=size,
             seed=[seed, STAGES.index(stage) + 1],
-            caption_share=caption_shares[stage],
+            caption_share=CAPTION_SHARES[stage],
             boxes_share=boxes_share,
             side=SIDE,
             on_scene=lambda drawn, before=done: emit((before + drawn, sum(scenes.values()), None)),
@@ -296,13 +284,11 @@ def _train_tower(folder: Path, steps: int, seed: int, sizes: tuple[int, int] | N
     train_tower(folder, steps=steps, seed=seed, sizes=sizes, on_step=lambda *event: emit(event))
 
 
-def _train_language_model(folder: Path, steps: int, seed: int, world: World, boxes_share: float, emit: Emit) -> None:
+def _train_language_model(folder: Path, steps: int, seed: int, world: World, emit: Emit) -> None:
     one_thread()
     from .pretraining import train_language_model
 
-    train_language_model(
-        folder, steps=steps, seed=seed, world=world, boxes_share=boxes_share, on_step=lambda *event: emit(event)
-    )
+    train_language_model(folder, steps=steps, seed=seed, world=world, on_step=lambda *event: emit(event))
 
 
 def one_thread() -> None:
