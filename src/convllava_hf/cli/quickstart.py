@@ -31,7 +31,7 @@ def register(subparsers) -> None:
         "--findings",
         action="store_true",
         help="try out what the paper found about towers and resolutions instead: five ways to train, with this seed "
-        "and the two after it, in about an hour",
+        "and the two after it",
     )
     parser.set_defaults(run=run)
 
