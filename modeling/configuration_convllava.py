@@ -64,7 +64,7 @@ class ConvLlavaConfig(PretrainedConfig):
 
     model_type = "convllava"
     sub_configs = {"vision_config": ConvNextConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     def __init__(
         self,

@@ -7,13 +7,13 @@ Read from top to bottom: outputs, vision tower, projector, `ConvLlavaModel`, `Co
 import contextlib
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, ConvNextPreTrainedModel, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextStage
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
@@ -43,19 +43,23 @@ class ConvLlavaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class ConvLlavaCausalLMOutputWithPast(ModelOutput):
+class ConvLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `ConvLlavaForConditionalGeneration`.
 
     `loss`: next-token cross entropy, where `labels` were given. `logits`: (batch, positions kept, vocabulary).
     `image_hidden_states`: projected visual tokens of all pictures in order, (visual tokens, hidden size), or `None`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+
+
+# Since 5.24, transformers calls the keys and values that a language model keeps `cache`, in calls and in outputs.
+_CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def _named_cache(past_key_values: Cache | None, cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache by transformers' own name for it, by whichever name it was given."""
+    return {_CACHE: past_key_values if cache is None else cache}
 
 
 class ConvLlavaVisionStage(ConvNextStage):
@@ -222,7 +226,7 @@ class ConvLlavaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ConvNextLayer"]  # the language model's class adds its own
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -351,6 +355,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> ConvLlavaModelOutputWithPast:
         """
@@ -360,6 +365,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             attention_mask: (batch, positions), 0 for padding.
             inputs_embeds: (batch, positions, hidden size), instead of `input_ids`.
             image_sizes: height and width in pixels of each picture, (N, 2).
+            cache, past_key_values: the newer and the older name of the same thing.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a number of placeholders that differs
@@ -386,12 +392,12 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **_named_cache(past_key_values, cache),
             **{**kwargs, "return_dict": True},
         )
         return ConvLlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: outputs.get(_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -514,6 +520,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         labels: torch.LongTensor | None = None,
         image_sizes: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> ConvLlavaCausalLMOutputWithPast:
         """`ConvLlavaModel.forward` and the language model's head.
@@ -527,7 +534,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **_named_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
             **{**kwargs, "return_dict": True},
@@ -542,7 +549,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         return ConvLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: outputs.get(_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
