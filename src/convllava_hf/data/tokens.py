@@ -2,18 +2,19 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .report import Tokens
 
 
-@dataclass(frozen=True)
 class _Size:
-    """Stands for a picture of which only height and width matter."""
+    """Stands for a picture of which only height and width matter.
 
-    height: int
-    width: int
+    No dataclass, for transformers would take its fields for text that goes into the prompt.
+    """
+
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
 
 
 class _SizesAlone:
