@@ -8,7 +8,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +19,7 @@ from .language import GENERAL
 from .progress import logs_to
 from .quickstart import (
     EXTRA_STAGE_DEPTH,
+    MIXES,
     SIDE,
     Emit,
     assemble_model,
@@ -213,7 +214,8 @@ def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
         place / "stage0", seed, plan.tower_steps, plan.language_steps, world=WORLD, tower_sizes=TOWER_SIZES
     )
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
-    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, 0)
+    mixes = {stage: replace(MIXES[stage], boxes=0.0) for stage in scenes}
+    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, mixes)
     return {_name(seed, name): job for name, job in jobs.items()}
 
 

@@ -10,8 +10,16 @@ from .world import CELLS, COLORS, SHAPES, UNITS, Box, Scene, Thing, cell_of
 GENERAL = ("color", "shape", "presence", "count")
 KINDS = ("reading", *GENERAL, "grounding")
 NUMBERS = ("zero", "one", "two", "three")
-BOXES_SHARE = 0.7
+WAVES = 32  # numbers that tell a reader of text pictures where a box is
 CAPTION_PROMPT = "Describe the picture."
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What conversations are about, by shares: captions, boxes, and for the rest questions of the other kinds."""
+
+    captions: float
+    boxes: float
 
 
 @dataclass(frozen=True)
@@ -47,26 +55,34 @@ def text_picture(scene: Scene) -> str:
     return " ".join(words.get((row, column), "ground") for row in range(CELLS) for column in range(CELLS))
 
 
-def conversation(
-    scene: Scene, rng: np.random.Generator, caption_share: float, boxes_share: float = BOXES_SHARE
-) -> list[tuple[str, str]]:
+def waves_of_cells(scene: Scene) -> np.ndarray:
+    """The boxes of what stands in the cells of a text picture as waves, (16, 32); 0 where there is nothing.
+
+    Sines and cosines of left, top, right and bottom, with periods of 2, 1, 1/2 and 1/4 of the picture's side: boxes
+    that differ little have waves that differ little, and yet no two have the same.
+    """
+    waves = np.zeros((CELLS, CELLS, WAVES), np.float32)
+    for box in (*(thing.box for thing in scene.things), scene.sign.box):
+        angles = np.outer(np.array(box) / UNITS, np.pi * np.array([1, 2, 4, 8])).reshape(-1)
+        waves[cell_of(box)] = np.concatenate([np.sin(angles), np.cos(angles)])
+    return waves.reshape(-1, WAVES)
+
+
+def conversation(scene: Scene, rng: np.random.Generator, mix: Mix) -> list[tuple[str, str]]:
     """What is said about a scene, in turns of a prompt and its answer.
 
-    Boxes are asked for last: whoever has been asked for the box of the red square need not look any more to know that
-    there is one.
-
-    Args:
-        caption_share: how often it is the caption; else it is one question of each kind, in random order.
-        boxes_share: how often the boxes of all things are asked for after the other questions.
+    It is the caption, or the boxes of all things in random order, or one question of each other kind in random order.
+    Boxes have conversations of their own: whoever has been asked for the box of the red square need not look any more
+    to know that there is one.
     """
-    if rng.random() < caption_share:
+    drawn = rng.random()
+    if drawn < mix.captions:
         return [(CAPTION_PROMPT, caption(scene))]
-    with_boxes = rng.random() < boxes_share
-    asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
-    asked = [asked[i] for i in rng.permutation(len(asked))]
-    if with_boxes:
-        asked += [_grounding(scene.things[i]) for i in rng.permutation(len(scene.things))]
-    return [(question.text, question.answer) for question in asked]
+    if drawn < mix.captions + mix.boxes:
+        asked = [_grounding(thing) for thing in scene.things]
+    else:
+        asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
+    return [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))]
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:

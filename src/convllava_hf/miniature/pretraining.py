@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from transformers import (
 
 from ..convert.writing import new_checkpoint_folder
 from .drawing import draw_sign, draw_thing
-from .language import CAPTION_PROMPT, caption, conversation, questions, text_picture
+from .language import CAPTION_PROMPT, WAVES, Mix, caption, conversation, questions, text_picture, waves_of_cells
 from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
 
 
@@ -40,6 +40,7 @@ CHAT_TEMPLATE = (
 # Words, coordinates, digits, signs: each with the blank before it.
 _PIECES = r" ?[A-Za-z]+(?:-[A-Za-z0-9]+)?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s"
 _CAPTION_SHARE = 0.2
+_BOX_WEIGHT = 4.0
 _MUON_RATE = 0.02
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
@@ -99,7 +100,8 @@ def train_language_model(
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
 
-    Boxes are not among what it is told or asked: where a thing reaches, pictures teach it later.
+    Where a thing is exactly is no word: it is told as `language.waves_of_cells`, added to the word's embedding by
+    a linear layer that is needed here only. The projector will have the same to say in the same place.
     """
     torch.manual_seed(seed)
     world = world or World()
@@ -120,8 +122,10 @@ def train_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    boxes = nn.Linear(WAVES, config.hidden_size, bias=False)
+    nn.init.normal_(boxes.weight, std=config.initializer_range / math.sqrt(WAVES / 2))  # as long as embeddings are
     batches = text_batches(tokenizer, world, seed)
-    _fit(model, lambda: _weighted_loss(model, next(batches)), steps, 2e-3, on_step)
+    _fit(nn.ModuleList([model, boxes]), lambda: _weighted_loss(model, boxes, next(batches)), steps, 2e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -219,7 +223,7 @@ def _texts(world: World, scenes: int) -> Iterator[str]:
     """Everything that is said, first and later in a conversation: with a line break or a blank before the question."""
     rng = np.random.default_rng(0)
     for scene in itertools.islice(world.scenes("train", seed=0), scenes):
-        for question, answer in conversation(scene, rng, 0.5):
+        for question, answer in conversation(scene, rng, Mix(0.4, 0.3)):
             yield f"USER: {text_picture(scene)}\n{question} ASSISTANT: {answer}"
             yield f"USER: {question} ASSISTANT: {answer}"
 
@@ -232,8 +236,9 @@ def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator
     picture only after thousands of steps more.
 
     Returns:
-        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions), and
-        `attention_mask`, (size, 1, positions, positions), to be added to the scores of attention.
+        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `waves`, (size,
+        positions, 32), as `language.waves_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
+        1, positions, positions), to be added to the scores of attention.
     """
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
     scenes, rng = world.scenes("train", [seed, 1]), np.random.default_rng([seed, 200])
@@ -248,29 +253,36 @@ class _Position(NamedTuple):
     weight: float
     part: int  # 0 for the picture, then the number of the question; -1 for padding
     place: int
+    waves: Sequence[float] = (0.0,) * WAVES
 
 
 def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[_Position]:
     """A text picture and questions about it, each tokenized as the chat template writes it alone.
 
-    The tokens of an answer weigh 1 together, for captions not to drown yes and no.
+    The tokens of an answer weigh 1 together, for captions not to drown yes and no; a box has four things to say.
     """
-    words = [token for word in text_picture(scene).split() for token in encode(f" {word}")]
-    picture = [tokenizer.bos_token_id, *encode("USER:"), *words, *encode("\n")]
-    sample = [_Position(token, -100, 0.0, 0, place) for place, token in enumerate(picture)]
+    words = [
+        (token, waves)
+        for word, waves in zip(text_picture(scene).split(), waves_of_cells(scene).tolist(), strict=True)
+        for token in encode(f" {word}")
+    ]
+    nowhere = _Position._field_defaults["waves"]
+    picture = [(token, nowhere) for token in (tokenizer.bos_token_id, *encode("USER:"))]
+    picture += [*words, *((token, nowhere) for token in encode("\n"))]
+    sample = [_Position(token, -100, 0.0, 0, place, waves) for place, (token, waves) in enumerate(picture)]
     for part, (question, answer) in enumerate(_asked_of_text(scene, rng), start=1):
         asked = encode(question) + encode(" ASSISTANT:")
         answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
         labels = [-100] * len(asked) + answered
+        weight = _BOX_WEIGHT if answer.startswith("[") else 1.0
         for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=len(picture)):
-            sample.append(_Position(token, label, 0.0 if label == -100 else 1 / len(answered), part, place))
+            sample.append(_Position(token, label, 0.0 if label == -100 else weight / len(answered), part, place))
     return sample
 
 
 def _asked_of_text(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions of each kind but for boxes, drawn twice, and now and then the caption; none of them twice."""
-    asked = [question for _ in range(2) for question in questions(scene, rng) if question.kind != "grounding"]
-    turns = [(question.text, question.answer) for question in asked]
+    """Questions of each kind, drawn twice, and now and then the caption; none of them twice."""
+    turns = [(question.text, question.answer) for _ in range(2) for question in questions(scene, rng)]
     if rng.random() < _CAPTION_SHARE:
         turns.append((CAPTION_PROMPT, caption(scene)))
     return list(dict.fromkeys(turns))
@@ -280,20 +292,21 @@ def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Ten
     longest = max(map(len, samples))
     padding = _Position(pad, -100, 0.0, -1, 0)
     rows = [sample + [padding] * (longest - len(sample)) for sample in samples]
-    tokens, labels, weights, parts, places = (
-        torch.tensor([[position[field] for position in row] for row in rows]) for field in range(5)
+    tokens, labels, weights, parts, places, waves = (
+        torch.tensor([[position[field] for position in row] for row in rows]) for field in range(6)
     )
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])  # (size, positions, positions)
     seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    batch = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None]}
+    batch = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None], "waves": waves}
     return {**batch, "labels": labels, "weights": weights}
 
 
-def _weighted_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _weighted_loss(model: nn.Module, boxes: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the labels, each with its weight."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    logits = model(**inputs).logits
+    embeddings = model.get_input_embeddings()(batch["input_ids"]) + boxes(batch["waves"])
+    inputs = {name: batch[name] for name in ("position_ids", "attention_mask")}
+    logits = model(inputs_embeds=embeddings, **inputs).logits
     labels, weights = batch["labels"][:, 1:].flatten(), batch["weights"][:, 1:].flatten()
     losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels, reduction="none")  # 0 where there is none
     return (losses * weights).sum() / weights.sum()

@@ -10,7 +10,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from .language import BOXES_SHARE, KINDS
+from .language import KINDS, Mix
 from .progress import Line, OnStep, TellTraining, logs_to
 from .steps import Run, run_jobs, write_json
 from .world import World
@@ -18,9 +18,9 @@ from .world import World
 
 SIDE = 256  # pixels: 4 x 4 visual tokens at stride 64
 EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
-# What is said about the scenes of a stage: the share of captions. The rest are questions.
-CAPTION_SHARES = {"stage1": 1.0, "stage2": 0.1, "stage3": 0.0}
-STAGES = tuple(CAPTION_SHARES)
+# What is said about the scenes of a stage.
+MIXES = {"stage1": Mix(0.4, 0.3), "stage2": Mix(0.05, 0.35), "stage3": Mix(0.0, 0.35)}
+STAGES = tuple(MIXES)
 TITLES = {
     "vision tower": "stage 0: vision tower",
     "language model": "stage 0: language model",
@@ -101,7 +101,7 @@ def prepare(run: Run, seed: int, plan: Plan) -> None:
     """Stage 0 and the training data, none of which needs the others, at the same time."""
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
     jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps)
-    jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), BOXES_SHARE)
+    jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), MIXES)
     run_in_lines(run, jobs, TITLES)
 
 
@@ -253,12 +253,13 @@ def versions() -> dict[str, str]:
 
 
 def draw_data(
-    folder: Path, scenes: Mapping[str, int], seed: int, world: World, boxes_share: float, emit: Emit
+    folder: Path, scenes: Mapping[str, int], seed: int, world: World, mixes: Mapping[str, Mix], emit: Emit
 ) -> None:
     """Draws the training samples of some of the stages.
 
     Args:
         scenes: their number by stage, `stage1` to `stage3`.
+        mixes: what is said about them, by stage.
     """
     from .samples import write_samples
 
@@ -269,8 +270,7 @@ def draw_data(
             world,
             size=size,
             seed=[seed, STAGES.index(stage) + 1],
-            caption_share=CAPTION_SHARES[stage],
-            boxes_share=boxes_share,
+            mix=mixes[stage],
             side=SIDE,
             on_scene=lambda drawn, before=done: emit((before + drawn, sum(scenes.values()), None)),
         )

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .drawing import draw
-from .language import BOXES_SHARE, conversation
+from .language import Mix, conversation
 from .world import World
 
 
@@ -25,8 +25,7 @@ def write_samples(
     *,
     size: int,
     seed: int | Sequence[int],
-    caption_share: float,
-    boxes_share: float = BOXES_SHARE,
+    mix: Mix,
     side: int = 256,
     on_scene: Callable[[int], None] | None = None,
 ) -> Path:
@@ -36,7 +35,7 @@ def write_samples(
         folder: what `datasets.load_from_disk` reads; it appears when it is complete.
         size: number of scenes, one sample each.
         seed: of scenes and questions.
-        caption_share, boxes_share: of what is said, as `language.conversation` takes them.
+        mix: what is said about them.
         side: height and width of the pictures in pixels.
         on_scene: called with the number of scenes drawn so far.
     """
@@ -54,8 +53,7 @@ def write_samples(
         }
     )
     rows = []
-    shares = {"caption_share": caption_share, "boxes_share": boxes_share}
-    for row in sample_rows(world, size=size, seed=seed, side=side, **shares):
+    for row in sample_rows(world, size=size, seed=seed, mix=mix, side=side):
         rows.append(row)
         if on_scene and (len(rows) % _REPORT_EVERY == 0 or len(rows) == size):
             on_scene(len(rows))
@@ -75,15 +73,14 @@ def sample_rows(
     *,
     size: int,
     seed: int | Sequence[int],
-    caption_share: float,
-    boxes_share: float = BOXES_SHARE,
+    mix: Mix,
     side: int = 256,
 ) -> Iterator[dict[str, Any]]:
     """Samples of the Hub's form: `images` as PNG bytes and `messages`, the picture first in the first of them."""
     rng = np.random.default_rng(seed)
     for scene in islice(world.scenes("train", seed), size):
         messages = []
-        for question, answer in conversation(scene, rng, caption_share, boxes_share):
+        for question, answer in conversation(scene, rng, mix):
             content = [{"type": "text", "text": question}]
             if not messages:
                 content.insert(0, {"type": "image", "text": None})

@@ -82,7 +82,7 @@ class World:
         ValueError: things of these sizes do not fit into a picture.
     """
 
-    thing_sizes: tuple[int, int] = (5, 8)
+    thing_sizes: tuple[int, int] = (4, 7)
     sign_sizes: tuple[int, int] = (4, 6)
     handwritten: float = 0.5
 
