@@ -2,18 +2,20 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .report import Tokens
 
 
-@dataclass(frozen=True)
 class _Size:
-    """Stands for a picture of which only height and width matter."""
+    """Stands for a picture of which only height and width matter.
 
-    height: int
-    width: int
+    No dataclass: transformers 5.24 makes dicts of those that it finds in messages.
+    """
+
+    def __init__(self, height: int, width: int):
+        self.height = height
+        self.width = width
 
 
 class _SizesAlone:
