@@ -156,8 +156,9 @@ class PictureSizes:
         area = self._grid_of(self.least_pixels, height, width)
         rows, columns = max(rows, area[0]), max(columns, area[1])
         while rows * columns < enough:
-            # Of a picture that grows, a side of n tokens has n + 1 once it comes to n + 1/2 strides.
-            of_rows, of_columns = (2 * rows + 1) * width, (2 * columns + 1) * height
+            # Of a picture that grows, a side of n tokens has n + 1 once it comes to n + 1/2 strides; of sides that
+            # come there together, the longer one is first, and those of a square stay together.
+            of_rows, of_columns = ((2 * rows + 1) * width, -height), ((2 * columns + 1) * height, -width)
             rows, columns = rows + (of_rows <= of_columns), columns + (of_columns <= of_rows)
         return rows, columns
 
@@ -170,8 +171,8 @@ class PictureSizes:
         rows, columns = min(rows, area[0], most), min(columns, area[1], most)
         while rows * columns > most:
             # Of a picture that shrinks, a side of n tokens has n - 1 once it falls below n - 1/2 strides.
-            of_rows = (2 * rows - 1) * width if rows > 1 else 0
-            of_columns = (2 * columns - 1) * height if columns > 1 else 0
+            of_rows = ((2 * rows - 1) * width if rows > 1 else 0, height)
+            of_columns = ((2 * columns - 1) * height if columns > 1 else 0, width)
             rows, columns = rows - (of_rows >= of_columns), columns - (of_columns >= of_rows)
         return rows, columns
 

@@ -110,12 +110,15 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict, **kwargs):
-        """As in transformers; what is said about sizes takes the place of all that the dict says about them."""
-        given = {name: kwargs.pop(name) for name in _OF_SIZES if kwargs.get(name) is not None}
-        values = dict(image_processor_dict)
-        if "preset" in given or given.get("image_aspect_ratio") not in (None, values.get("image_aspect_ratio")):
-            values = {name: value for name, value in values.items() if name not in _OF_SIZES}
-        return super().from_dict({**values, **given}, **kwargs)
+        """As in transformers; what is said about pictures' sizes means what it means in a call."""
+        given = {name: kwargs.pop(name, None) for name in (*_OF_SIZES, "size")}
+        made = super().from_dict(image_processor_dict, **kwargs)
+        processor = made[0] if isinstance(made, tuple) else made
+        sizes = processor.picture_sizes(**given)
+        processor.image_aspect_ratio = sizes.mode
+        processor.size = {"height": sizes.size, "width": sizes.size}
+        processor.min_pixels, processor.max_pixels = sizes.min_pixels, sizes.max_pixels
+        return made
 
     def fetch_images(self, images):
         """Opens paths, URLs, base64 strings and the `bytes` and `path` of undecoded rows of `datasets`.

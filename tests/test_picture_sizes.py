@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -86,13 +87,23 @@ def test_pictures_are_scaled_no_further_than_the_bounds_ask(values):
         further = sorted((half for half in halves if (half >= scale if up else half <= scale)), reverse=not up)
         grids = itertools.chain(
             [rounded(height, width, scale, sizes.stride, up=True)],
-            (rounded(height, width, half, sizes.stride, up) for half in further),
+            (grid for half in further for grid in around(height, width, half, sizes.stride, up)),
         )
         areas = ((math.prod(grid) * sizes.stride**2, grid) for grid in grids)
         first = next(grid for area, grid in areas if (area >= bound if up else area <= bound))
         assert sizes.seen(height, width) == tuple(side * sizes.stride for side in first), (height, width)
         scaled["up" if up else "down"] += 1
     assert scaled["down"] > 0
+
+
+def around(height: int, width: int, scale: Fraction, stride: int, up: bool) -> Iterator[tuple[int, int]]:
+    """The grids at a scale at which a side is in the middle: where both are, the longer one is rounded first."""
+    rows, columns = rounded(height, width, scale, stride, up)
+    if height > width:
+        yield rows, rounded(height, width, scale, stride, not up)[1]
+    elif height < width:
+        yield rounded(height, width, scale, stride, not up)[0], columns
+    yield rows, columns
 
 
 def rounded(height: int, width: int, scale: Fraction, stride: int, up: bool) -> tuple[int, int]:
@@ -134,6 +145,8 @@ def test_what_fits_is_seen_as_it_is(shape):
         ((1, 1), (256, 256)),
         ((7, 5), (320, 256)),  # 4.7 and 3.4; 5 x 3 = 15 is too little
         ((20, 1000), (64, 1024)),
+        ((100, 300), (128, 512)),  # 2.3 and 6.9; 2 x 7 is too little, and of 2.5 x 7.5 the longer side is rounded up
+        ((100, 100), (256, 256)),
         ((600, 30000), (192, 10880)),  # 3.4 and 169.7
         ((1, 100_000), (64, 36864)),  # 0.06 and 7589: one row of 576
     ],
