@@ -25,7 +25,8 @@ _UNREACHABLE = (_HTTP.HTTPError, _HTTP.InvalidURL) if _HTTP else ()
 
 # Values of a batch beyond which pictures of very different shapes are refused together: 4 GiB in float32.
 _MOST_VALUES = 2**30
-_OF_SIZES = ("image_aspect_ratio", "min_pixels", "max_pixels", "preset")
+# Arguments that decide how large the tower sees a picture.
+PICTURE_ARGUMENTS = ("image_aspect_ratio", "size", "min_pixels", "max_pixels", "preset")
 
 
 class ConvLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -111,7 +112,7 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
     @classmethod
     def from_dict(cls, image_processor_dict: dict, **kwargs):
         """As in transformers; what is said about pictures' sizes means what it means in a call."""
-        given = {name: kwargs.pop(name, None) for name in (*_OF_SIZES, "size")}
+        given = {name: kwargs.pop(name, None) for name in PICTURE_ARGUMENTS}
         made = super().from_dict(image_processor_dict, **kwargs)
         processor = made[0] if isinstance(made, tuple) else made
         sizes = processor.picture_sizes(**given)
@@ -191,7 +192,7 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
 
     def get_image_size(self, height: int, width: int, **kwargs) -> tuple[int, int]:
         """Height and width in pixels that the tower sees of a picture of such a size; arguments as in a call."""
-        sizes = self.picture_sizes(**{name: kwargs.get(name) for name in (*_OF_SIZES, "size")})
+        sizes = self.picture_sizes(**{name: kwargs.get(name) for name in PICTURE_ARGUMENTS})
         do_resize = kwargs.get("do_resize")
         if self.do_resize if do_resize is None else do_resize:
             return sizes.seen(height, width)

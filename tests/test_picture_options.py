@@ -12,7 +12,7 @@ from convllava_hf import cli
 from convllava_hf.cli import common
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.modeling.configuration_convllava import IMAGE_ASPECT_RATIOS, PRESETS
-from convllava_hf.modeling.image_processing_convllava import ConvLlavaImagesKwargs
+from convllava_hf.modeling.image_processing_convllava import PICTURE_ARGUMENTS, ConvLlavaImagesKwargs
 from convllava_hf.picture_options import PICTURE_OPTIONS, with_picture_options
 
 
@@ -54,7 +54,7 @@ def test_commands_offer_what_there_is():
     (told,) = [action.help for action in parser._actions if action.dest == "preset"]
     assert re.findall(r"\d+", told) == tokens
     assert set(PICTURE_OPTIONS) == {action.dest for action in parser._actions} - {"help"}
-    assert set(PICTURE_OPTIONS) <= set(ConvLlavaImagesKwargs.__annotations__)
+    assert set(PICTURE_OPTIONS) == set(PICTURE_ARGUMENTS) <= set(ConvLlavaImagesKwargs.__annotations__)
 
 
 @pytest.mark.parametrize("way, tokens", WAYS.items())
