@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ConvLLaVA's configuration, and the one place where strides and visual tokens are computed."""
+"""ConvLLaVA's configuration, and the one place where strides, sizes and visual tokens are computed."""
+
+import math
+from dataclasses import dataclass
 
 import transformers
 from transformers import AutoConfig, ConvNextConfig, PretrainedConfig
@@ -14,6 +17,16 @@ _DEFAULT_VISION = {
     "hidden_sizes": [192, 384, 768, 1536, 3072],
     "image_size": 1536,
 }
+# How a picture comes to the tower's shape; `PictureSizes` says what each does.
+IMAGE_ASPECT_RATIOS = ("pad", "native", "shortest_edge")
+# Native pictures for people who do not count pixels: the most that are seen, the area of 512, 768, 1024, 1536 and 3072
+# squared. At stride 64 these are 64, 144, 256, 576 and 2304 visual tokens; the last shows a page of A4 at 300 dots an
+# inch and a screen of 3840 x 2160 as they are.
+PRESETS = {"tiny": 512**2, "small": 768**2, "base": 1024**2, "large": 1536**2, "full": 3072**2}
+# ConvNeXt's resolution at pretraining: smaller pictures are enlarged to its area, where nobody says another.
+_LEAST_PIXELS = 256**2
+# Where the short side is fixed, the area is that of a ratio of 1:8 at most, unless somebody says another.
+_LONGEST_RATIO = 8
 # Vicuna's 32000 tokens and the picture's placeholder, padded to a multiple of 64.
 _DEFAULT_IMAGE_TOKEN_ID = 32000
 _DEFAULT_VOCAB_SIZE = 32064
@@ -42,6 +55,134 @@ def visual_token_grid(height: int, width: int, stride: int) -> tuple[int, int]:
             f"size is {nearest[0]} x {nearest[1]}."
         )
     return height // stride, width // stride
+
+
+@dataclass(frozen=True)
+class PictureSizes:
+    """How large pictures come to the vision tower, and how many visual tokens they have there.
+
+    Args:
+        mode: `"pad"`: a square of `size`, whatever the picture. `"native"`: the picture's own size as long as its area
+            is within the bounds, else enlarged or made smaller to them; each side the nearest multiple of the stride,
+            and one stride at least. `"shortest_edge"`: the shorter side is `size`, the longer one the nearest multiple
+            of the stride; the paper's protocol for table 7 (arXiv 2405.15738).
+        size: side in pixels.
+        stride: side in pixels of the square that one visual token stands for.
+        min_pixels: of native pictures (height times width as the tower sees them). Default: 256 x 256, or a quarter of
+            `max_pixels` if that is less.
+        max_pixels: of native pictures; default: `size` squared. With `"shortest_edge"`, larger pictures are made
+            smaller; default: 8 times `size` squared, a ratio of 1:8.
+
+    Native pictures keep their ratio within half a stride: at some scale of the picture, both sides are that near, but
+    for a side shorter than half a stride. Both bounds hold wherever `max_pixels` is four times `min_pixels` or more;
+    nearer ones may have no such size between them, and then `max_pixels` holds.
+
+    Raises:
+        ValueError: an unknown mode, a size that the stride does not divide, bounds that no picture could meet.
+    """
+
+    mode: str
+    size: int
+    stride: int
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self):
+        if self.mode not in IMAGE_ASPECT_RATIOS:
+            raise ValueError(f"image_aspect_ratio is {self.mode!r}, expected one of {', '.join(IMAGE_ASPECT_RATIOS)}.")
+        visual_token_grid(self.size, self.size, self.stride)
+        for name, refused in (("min_pixels", self.mode != "native"), ("max_pixels", self.mode == "pad")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive number of pixels (height times width).")
+            if refused:
+                raise ValueError(
+                    f"{name}={value} has no meaning with image_aspect_ratio={self.mode!r}: pass "
+                    "image_aspect_ratio='native' as well, or size instead."
+                )
+        if self.most_pixels < self.stride**2:
+            raise ValueError(
+                f"max_pixels={self.max_pixels} is less than one visual token, {self.stride} x {self.stride} pixels. "
+                f"Pass at least {self.stride**2}."
+            )
+        if self.least_pixels > self.most_pixels:
+            raise ValueError(
+                f"min_pixels={self.least_pixels} is more than max_pixels={self.most_pixels}: lower the one or raise "
+                "the other."
+            )
+
+    @property
+    def most_pixels(self) -> int:
+        """Height times width that the tower sees at most."""
+        ratio = _LONGEST_RATIO if self.mode == "shortest_edge" else 1
+        return self.max_pixels or ratio * self.size**2
+
+    @property
+    def least_pixels(self) -> int:
+        """Height times width that the tower sees at least."""
+        return self.min_pixels or (min(_LEAST_PIXELS, self.most_pixels // 4) if self.mode == "native" else 1)
+
+    @property
+    def most_tokens(self) -> int:
+        """Visual tokens of a picture at most."""
+        return self.most_pixels // self.stride**2
+
+    def seen(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels that the tower sees of a picture of `height` x `width` pixels."""
+        if self.mode == "pad":
+            return self.size, self.size
+        if height < 1 or width < 1:
+            raise ValueError(f"A picture of {height} x {width} pixels (height x width) has nothing to see.")
+        if self.mode == "native":
+            rows, columns = (max(1, (2 * side + self.stride) // (2 * self.stride)) for side in (height, width))
+            rows, columns = self._enlarged(rows, columns, height, width)
+        else:
+            short, scale = min(height, width), self.size // self.stride
+            rows, columns = ((2 * side * scale + short) // (2 * short) for side in (height, width))
+        rows, columns = self._reduced(rows, columns, height, width)
+        return rows * self.stride, columns * self.stride
+
+    def tokens(self, height: int, width: int) -> int:
+        """Visual tokens of a picture of `height` x `width` pixels."""
+        return math.prod(visual_token_grid(*self.seen(height, width), self.stride))
+
+    def _enlarged(self, rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+        """The grid of the smallest picture of this ratio that is enough, `rows` x `columns` or larger."""
+        enough = -(-self.least_pixels // self.stride**2)
+        if rows * columns >= enough:
+            return rows, columns
+        area = self._grid_of(self.least_pixels, height, width)
+        rows, columns = max(rows, area[0]), max(columns, area[1])
+        while rows * columns < enough:
+            # Of a picture that grows, a side of n tokens has n + 1 once it comes to n + 1/2 strides; of sides that
+            # come there together, the longer one is first, and those of a square stay together.
+            of_rows, of_columns = ((2 * rows + 1) * width, -height), ((2 * columns + 1) * height, -width)
+            rows, columns = rows + (of_rows <= of_columns), columns + (of_columns <= of_rows)
+        return rows, columns
+
+    def _reduced(self, rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
+        """The grid of the largest picture of this ratio that is not too much, `rows` x `columns` or smaller."""
+        most = self.most_tokens
+        if rows * columns <= most:
+            return rows, columns
+        area = self._grid_of(self.most_pixels, height, width)
+        rows, columns = min(rows, area[0], most), min(columns, area[1], most)
+        while rows * columns > most:
+            # Of a picture that shrinks, a side of n tokens has n - 1 once it falls below n - 1/2 strides.
+            of_rows = ((2 * rows - 1) * width if rows > 1 else 0, height)
+            of_columns = ((2 * columns - 1) * height if columns > 1 else 0, width)
+            rows, columns = rows - (of_rows >= of_columns), columns - (of_columns >= of_rows)
+        return rows, columns
+
+    def _grid_of(self, pixels: int, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of a picture of this ratio and that area, each to the nearest, in whole numbers alone."""
+        rows, columns = (
+            max(1, (math.isqrt(4 * pixels * side // (other * self.stride**2)) + 1) // 2)
+            for side, other in ((height, width), (width, height))
+        )
+        return rows, columns
 
 
 class ConvLlavaConfig(PretrainedConfig):

@@ -2,6 +2,7 @@
 """From pictures to `pixel_values`, with PIL and NumPy alone."""
 
 import io
+import math
 import os
 
 import numpy as np
@@ -12,10 +13,8 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, load_image
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_convllava import visual_token_grid
+from .configuration_convllava import PRESETS, PictureSizes, visual_token_grid
 
-
-IMAGE_ASPECT_RATIOS = ("pad",)
 
 # What PIL raises of files that it cannot decode, RuntimeError in its AVIF plug-in.
 _UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
@@ -24,18 +23,34 @@ _HTTP = getattr(image_utils, "httpx", None)
 _UNREACHABLE = (_HTTP.HTTPError, _HTTP.InvalidURL) if _HTTP else ()
 
 
+# Values of a batch beyond which pictures of very different shapes are refused together: 4 GiB in float32.
+_MOST_VALUES = 2**30
+# Arguments that decide how large the tower sees a picture.
+PICTURE_ARGUMENTS = ("image_aspect_ratio", "size", "min_pixels", "max_pixels", "preset")
+
+
 class ConvLlavaImagesKwargs(ImagesKwargs, total=False):
     image_aspect_ratio: str | None
+    min_pixels: int | None
+    max_pixels: int | None
+    preset: str | None
 
 
 class ConvLlavaImageProcessor(BaseImageProcessor):
-    """Prepares pictures as the original ConvLLaVA does, to the pixel.
+    """Prepares pictures: in a square as the original ConvLLaVA does, to the pixel, or in their own aspect ratio.
 
     Args:
         image_aspect_ratio (`str`, defaults to `"pad"`): how a picture comes to the tower's shape. `"pad"`: put into
-            the middle of a square of the mean colour, then resized.
-        size (`dict` or `int`, defaults to 768 x 768): `height` and `width` in pixels of what the tower sees; both
-            multiples of `stride`, and equal for `"pad"`.
+            the middle of a square of the mean colour, then resized. `"native"`: resized, where that is needed at all,
+            to sides that are multiples of `stride` and an area from `min_pixels` to `max_pixels`. `"shortest_edge"`:
+            resized such that the shorter side is `size`, the paper's protocol for table 7.
+        size (`dict` or `int`, defaults to 768 x 768): `height` and `width` in pixels of the square, or
+            `shortest_edge`; a multiple of `stride`. Of native pictures, `max_pixels` where that is not given.
+        min_pixels, max_pixels (`int`, *optional*): bounds of height times width of what the tower sees of a native
+            picture; the defaults are those of `PictureSizes`, which says all about sizes.
+        preset (`str`, *optional*): `"tiny"`, `"small"`, `"base"`, `"large"` or `"full"`, in place of
+            `image_aspect_ratio="native"` and `max_pixels`: native pictures of up to 512, 768, 1024, 1536 or 3072
+            pixels squared.
         stride (`int`, defaults to 64): side in pixels of the square that one visual token stands for.
         resample (`int`, defaults to bicubic): one of PIL's filters.
         do_resize, do_convert_rgb, do_rescale, do_normalize (`bool`, default to `True`): steps to take.
@@ -48,7 +63,8 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         picture covers of that, (N, 2).
 
     Raises:
-        ValueError: sizes that the tower cannot take, something that is no picture, a picture that cannot be decoded.
+        ValueError: sizes that the tower cannot take, something that is no picture, a picture that cannot be decoded,
+            pictures so different in shape that a common size would be enormous.
         FileNotFoundError: a path at which there is no file.
     """
 
@@ -57,7 +73,7 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        image_aspect_ratio: str = "pad",
+        image_aspect_ratio: str | None = None,
         size: dict[str, int] | int | None = None,
         stride: int = 64,
         resample: int = PILImageResampling.BICUBIC,
@@ -68,12 +84,22 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        preset: str | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if preset is not None:
+            image_aspect_ratio, max_pixels = _preset(preset, image_aspect_ratio, max_pixels)
+        image_aspect_ratio = "pad" if image_aspect_ratio is None else image_aspect_ratio
+        side = _square_side(768 if size is None else size)
+        PictureSizes(image_aspect_ratio, side, stride, min_pixels, max_pixels)  # refuses what cannot work
         self.image_aspect_ratio = image_aspect_ratio
         self.stride = stride
-        self.size = _square_size(768 if size is None else size, stride, image_aspect_ratio)
+        self.size = {"height": side, "width": side}
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
         self.resample = resample
         self.do_resize = do_resize
         self.do_convert_rgb = do_convert_rgb
@@ -82,6 +108,18 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         self.do_normalize = do_normalize
         self.image_mean = list(OPENAI_CLIP_MEAN if image_mean is None else image_mean)
         self.image_std = list(OPENAI_CLIP_STD if image_std is None else image_std)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs):
+        """As in transformers; what is said about pictures' sizes means what it means in a call."""
+        given = {name: kwargs.pop(name, None) for name in PICTURE_ARGUMENTS}
+        made = super().from_dict(image_processor_dict, **kwargs)
+        processor = made[0] if isinstance(made, tuple) else made
+        sizes = processor.picture_sizes(**given)
+        processor.image_aspect_ratio = sizes.mode
+        processor.size = {"height": sizes.size, "width": sizes.size}
+        processor.min_pixels, processor.max_pixels = sizes.min_pixels, sizes.max_pixels
+        return made
 
     def fetch_images(self, images):
         """Opens paths, URLs, base64 strings and the `bytes` and `path` of undecoded rows of `datasets`.
@@ -111,6 +149,9 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         do_normalize: bool | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        preset: str | None = None,
         return_tensors=None,
         input_data_format=None,
         **kwargs,
@@ -122,8 +163,7 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
                 (height, width), (height, width, channels) or (channels, height, width).
             input_data_format: `"channels_first"` or `"channels_last"`, for arrays where it is not plain.
         """
-        mode = self.image_aspect_ratio if image_aspect_ratio is None else image_aspect_ratio
-        size = _square_size(self.size if size is None else size, self.stride, mode)
+        sizes = self.picture_sizes(image_aspect_ratio, size, min_pixels, max_pixels, preset)
         do_resize = self.do_resize if do_resize is None else do_resize
         resample = self.resample if resample is None else resample
         do_convert_rgb = self.do_convert_rgb if do_convert_rgb is None else do_convert_rgb
@@ -136,39 +176,74 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         pictures = []
         for image in _flatten(self.fetch_images(images)):
             picture = _to_picture(image, input_data_format, do_convert_rgb)
-            picture = _pad_to_square(picture, mean)
+            if sizes.mode == "pad":
+                picture = _pad_to_square(picture, mean)
             if do_resize:
-                picture = picture.resize((size["width"], size["height"]), resample=resample)
+                height, width = sizes.seen(picture.height, picture.width)
+                picture = picture.resize((width, height), resample=resample)
             pixels = np.asarray(picture)  # (height, width, 3), 0-255
             visual_token_grid(*pixels.shape[:2], self.stride)
             pictures.append(_normalise(pixels, scale, mean if do_normalize else None, std))
         if not pictures:
             raise ValueError("No pictures were given. Pass at least one, or leave `images` out for text alone.")
-        sizes = [list(picture.shape[1:]) for picture in pictures]
-        data = {"pixel_values": _pad_to_common_size(pictures), "image_sizes": sizes}
+        image_sizes = [list(picture.shape[1:]) for picture in pictures]
+        data = {"pixel_values": _pad_to_common_size(pictures), "image_sizes": image_sizes}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def get_image_size(self, height: int, width: int, **kwargs) -> tuple[int, int]:
         """Height and width in pixels that the tower sees of a picture of such a size; arguments as in a call."""
-        mode = kwargs.get("image_aspect_ratio") or self.image_aspect_ratio
-        size = _square_size(kwargs.get("size") or self.size, self.stride, mode)
-        return size["height"], size["width"]
+        sizes = self.picture_sizes(**{name: kwargs.get(name) for name in PICTURE_ARGUMENTS})
+        do_resize = kwargs.get("do_resize")
+        if self.do_resize if do_resize is None else do_resize:
+            return sizes.seen(height, width)
+        side = max(height, width)
+        return (side, side) if sizes.mode == "pad" else (height, width)
+
+    def picture_sizes(
+        self,
+        image_aspect_ratio: str | None = None,
+        size: dict[str, int] | int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        preset: str | None = None,
+    ) -> PictureSizes:
+        """What a call with these arguments makes of pictures' sizes; arguments left out are the constructor's."""
+        if preset is not None:
+            image_aspect_ratio, max_pixels = _preset(preset, image_aspect_ratio, max_pixels)
+        mode = self.image_aspect_ratio if image_aspect_ratio is None else image_aspect_ratio
+        side = _square_side(self.size if size is None else size)
+        own = mode == self.image_aspect_ratio  # bounds of another mode say nothing about this one
+        if own and max_pixels is None and size is None:
+            max_pixels = self.max_pixels
+        if own and min_pixels is None and (self.min_pixels or 0) <= (max_pixels or side**2):
+            min_pixels = self.min_pixels  # else it gives way to what was chosen for this call
+        return PictureSizes(mode, side, self.stride, min_pixels, max_pixels)
 
 
-def _square_size(size, stride: int, mode: str) -> dict[str, int]:
-    """`size` as a dict of `height` and `width` that the tower can take in this mode."""
-    if mode not in IMAGE_ASPECT_RATIOS:
-        raise ValueError(f"image_aspect_ratio is {mode!r}, expected one of {', '.join(IMAGE_ASPECT_RATIOS)}.")
+def _preset(name: str, mode: str | None, max_pixels: int | None) -> tuple[str, int]:
+    """The mode and the most pixels that a preset stands for."""
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}.")
+    if mode not in (None, "native") or max_pixels is not None:
+        raise ValueError(
+            f"preset={name!r} stands for image_aspect_ratio='native' and max_pixels={PRESETS[name]}, but "
+            f"{f'image_aspect_ratio={mode!r}' if max_pixels is None else f'max_pixels={max_pixels}'} is given as "
+            "well: leave one of them out."
+        )
+    return "native", PRESETS[name]
+
+
+def _square_side(size) -> int:
+    """`size` in pixels, from a number, `height` and `width`, or `shortest_edge`."""
     size = dict(get_size_dict(size, default_to_square=True))
     if set(size) == {"shortest_edge"}:
-        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
+        return size["shortest_edge"]
     if set(size) != {"height", "width"} or size["height"] != size["width"]:
         raise ValueError(
-            f"size is {size}, but image_aspect_ratio='pad' gives square pictures: pass one number, or the same height "
-            "and width."
+            f"size is {size}, but it means the side of square pictures, or the shorter side: pass one number, or the "
+            "same height and width. The shape of native pictures is their own; min_pixels and max_pixels bound it."
         )
-    visual_token_grid(size["height"], size["width"], stride)
-    return size
+    return size["height"]
 
 
 def _open_picture(source) -> Image.Image:
@@ -192,6 +267,11 @@ def _decode(file, shown: str) -> Image.Image:
         picture.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{shown!r} is not a picture that PIL can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"The picture {shown!r} cannot be decoded: {error} Make it smaller, or, if you know where it comes from, "
+            "raise PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
     except _UNREADABLE as error:
         raise ValueError(f"The picture {shown!r} cannot be decoded: {error}") from error
     return picture
@@ -262,10 +342,18 @@ def _from_deep_gray(picture: Image.Image) -> Image.Image:
 
 
 def _pad_to_square(picture: Image.Image, mean) -> Image.Image:
-    """The picture in the middle of a square of the mean colour; of an odd remainder, one pixel less stands before."""
+    """The picture in the middle of a square of the mean colour; of an odd remainder, one pixel less stands before.
+
+    A square beyond what PIL takes for a bomb would cost gigabytes that show nothing: such pictures are made smaller.
+    """
     width, height = picture.size
     if width == height:
         return picture
+    most = math.isqrt(2 * Image.MAX_IMAGE_PIXELS) if Image.MAX_IMAGE_PIXELS else max(width, height)
+    if max(width, height) > most:
+        size = [max(1, side * most // max(width, height)) for side in (width, height)]
+        picture = picture.resize(size, resample=Image.Resampling.BICUBIC)
+        width, height = picture.size
     side = max(width, height)
     square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
@@ -275,6 +363,14 @@ def _pad_to_square(picture: Image.Image, mean) -> Image.Image:
 def _pad_to_common_size(pictures: list[np.ndarray]) -> list[np.ndarray]:
     """Zeros at the right and bottom of the smaller pictures, which the vision tower leaves out of account."""
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    values = 3 * height * width * len(pictures)
+    if values > _MOST_VALUES and values > 8 * sum(picture.size for picture in pictures):
+        low, high = (shape(picture.shape[1:] for picture in pictures) for shape in (min, max))
+        raise ValueError(
+            f"Pictures of {low[0]} x {low[1]} and {high[0]} x {high[1]} pixels (height x width) in one call would be "
+            f"padded to {height} x {width} each, {4 * values / 2**30:.0f} GiB in all. Pass them in calls of their "
+            "own, or lower max_pixels."
+        )
     return [
         np.pad(picture, ((0, 0), (0, height - picture.shape[1]), (0, width - picture.shape[2])))
         for picture in pictures

@@ -202,6 +202,17 @@ def _as_size_list(image_sizes) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in rows]
 
 
+def _as_batch(pictures, image_sizes) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Pictures (3, H, W) of several sizes as one tensor (N, 3, H, W), and the sizes that they cover of it."""
+    sizes = [tuple(picture.shape[-2:]) for picture in pictures] if image_sizes is None else image_sizes
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (-2, -1))
+    padded = [
+        nn.functional.pad(picture, (0, width - picture.shape[-1], 0, height - picture.shape[-2]))
+        for picture in pictures
+    ]
+    return torch.stack(padded), sizes
+
+
 class ConvLlavaMultiModalProjector(nn.Module):
     """Two linear layers with a GELU between them: tower channels -> language model's hidden size (section 3.2)."""
 
@@ -323,13 +334,16 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         """What the language model sees of each picture.
 
         Args:
-            pixel_values: normalised pictures, padded at the right and bottom to a common size, (N, 3, H, W).
+            pixel_values: normalised pictures, padded at the right and bottom to a common size, (N, 3, H, W); or a list
+                of (3, H, W) that are padded here, which is how servers hand on pictures of several requests.
             image_sizes: height and width in pixels that each picture really covers, (N, 2); `None` for all of it.
 
         Returns:
             `last_hidden_state`: the tower's features (N, C, H/stride, W/stride).
             `pooler_output`: a list of one tensor (visual tokens, hidden size) for each picture, row by row.
         """
+        if isinstance(pixel_values, (list, tuple)):
+            pixel_values, image_sizes = _as_batch(pixel_values, image_sizes)
         features = self.vision_tower(pixel_values, image_sizes=image_sizes).last_hidden_state
         rows_first = features.permute(0, 2, 3, 1)  # (N, C, h, w) -> (N, h, w, C)
         if image_sizes is None:

@@ -9,7 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_convllava import visual_token_grid
-from .image_processing_convllava import ConvLlavaImagesKwargs
+from .image_processing_convllava import PICTURE_ARGUMENTS, ConvLlavaImagesKwargs
 
 
 IMAGE_TOKEN = "<image>"
@@ -63,6 +63,9 @@ class ConvLlavaProcessor(ProcessorMixin):
         self.image_suffix = image_suffix
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.tokenizer.padding_side = "left"
+        # `from_pretrained` hands all it is given to the tokenizer as well, whose arguments are those of every call.
+        for name in PICTURE_ARGUMENTS:
+            self.tokenizer.init_kwargs.pop(name, None)
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         """
@@ -87,6 +90,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             raise ValueError("Pass text, images or both.")
         if kwargs.get("return_overflowing_tokens"):
             raise ValueError("return_overflowing_tokens would part texts from their pictures: leave it out.")
+        # transformers 4 takes out of the caller's own dicts what it finds in them.
+        kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         return_types = _pop(kwargs, "return_mm_token_type_ids")
         return_replacements = _pop(kwargs, "return_text_replacement_offsets")
         merged = self._merge_kwargs(

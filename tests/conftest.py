@@ -76,7 +76,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_processor(side: int = SIDE, stride: int = 64, **kwargs) -> ConvLlavaProcessor:
     template = TEMPLATE.read_text().replace('set after_bos = " "', 'set after_bos = ""', 1)
-    image_processor = ConvLlavaImageProcessor(size=side, stride=stride)
+    names = ("image_aspect_ratio", "min_pixels", "max_pixels", "preset")
+    of_pictures = {name: kwargs.pop(name) for name in names if name in kwargs}
+    image_processor = ConvLlavaImageProcessor(size=side, stride=stride, **of_pictures)
     return ConvLlavaProcessor(image_processor, make_tokenizer(), chat_template=template, **kwargs)
 
 

@@ -170,19 +170,39 @@ def test_presets_are_multiples_of_the_stride_up_to_the_checkpoints_own():
         "1024 × 1024 px · 256 visual tokens",
         "768 × 768 px · 144 visual tokens",
         "512 × 512 px · 64 visual tokens",
+        "own shape · up to 576 visual tokens",
+        "own shape · up to 256 visual tokens",
     ]
-    assert [len(presets(make_processor(side).image_processor)) for side in (64, 128, 192)] == [1, 2, 3]
+    assert [len(presets(make_processor(side).image_processor)) for side in (64, 128, 192, 512)] == [1, 2, 3, 5]
 
 
-def test_a_preset_shows_the_model_that_many_pixels():
+def test_a_checkpoint_of_native_pictures_offers_its_own_way_first():
+    offered = presets(make_processor(768, preset="large").image_processor)
+    assert list(offered) == [
+        "own shape · up to 576 visual tokens",
+        "512 × 512 px · 64 visual tokens",
+        "256 × 256 px · 16 visual tokens",
+        "128 × 128 px · 4 visual tokens",
+        "own shape · up to 256 visual tokens",
+    ]
+    fixed = presets(make_processor(128, image_aspect_ratio="shortest_edge").image_processor)
+    assert list(fixed) == ["shorter side 128 px · up to 32 visual tokens", "64 × 64 px · 1 visual token"]
+
+
+@pytest.mark.parametrize("shape", [(100, 60), (60, 100), (300, 900), (5, 5)])
+@pytest.mark.parametrize("own", [{}, {"preset": "small"}, {"image_aspect_ratio": "shortest_edge"}])
+def test_a_preset_shows_the_model_that_many_pixels(own, shape):
     """The figures of a preset are those of the processor's own call."""
-    processor = make_processor(768)
+    processor = make_processor(768, **own)
+    picture = make_picture(*shape)
     for preset in presets(processor.image_processor).values():
-        data = processor.image_processor(make_picture(), return_tensors="np", **preset.images_kwargs)
-        seen = view(processor.image_processor, preset, 60, 100)
+        data = processor.image_processor(picture, return_tensors="np", **preset.images_kwargs)
+        seen = view(processor.image_processor, preset, *picture.size)
         assert data["pixel_values"].shape[2:] == (seen.height, seen.width)
-        inputs = processor(make_picture(), "<image>", images_kwargs=dict(preset.images_kwargs))
+        inputs = processor(picture, "<image>", images_kwargs=dict(preset.images_kwargs))
         assert inputs["input_ids"][0].count(processor.image_token_id) == seen.visual_tokens
+        whole = (seen.left, seen.top, seen.across, seen.down) == (0, 0, 1, 1)
+        assert whole is (shape[0] == shape[1] or "px" not in preset.name or "shorter" in preset.name)
 
 
 # --- examples, the Space, the command

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from conftest import make_processor
 from huggingface_hub import ModelCard
 
 from convllava_hf.errors import ConvLlavaError
@@ -79,6 +80,37 @@ def test_the_models_own_figures(staged, model):
     assert "| 128 x 128 | 4 | this model's |" in card
     assert "| 768 x 768 | 144 |" in card and "| 1536 x 1536 | 576 |" in card
     assert "depths 1, 1, 2, 1, 1" in card and "2 layers of width 32" in card
+
+
+@pytest.mark.parametrize(
+    "kwargs, head, said",
+    [
+        ({}, "at\n128 x 128 pixels as 4 visual tokens, since", "padded to a square and resized to 128 x 128 pixels"),
+        (
+            {"preset": "small"},
+            "at\nup to 589,824 pixels in their own shape as up to 144 visual tokens, since",
+            "between 65,536 and 589,824 pixels, its size.* 144 at most",
+        ),
+        (
+            {"image_aspect_ratio": "shortest_edge"},
+            "at\na shorter side of 128 pixels, in up to 32 visual tokens, since",
+            "shorter side becomes 128 pixels.*\ncost one token, 32 at most",
+        ),
+    ],
+)
+def test_the_card_says_how_pictures_are_seen(checkpoint, tmp_path, kwargs, head, said):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    make_processor(**kwargs).save_pretrained(folder)
+    (tmp_path / "staged").mkdir()
+    card = render(stage(folder, tmp_path / "staged"))
+    seen = section(card, "## Resolution and visual tokens")
+    assert head in card
+    assert re.search(said, seen, re.S)
+    assert "| `large`: 2,359,296 pixels | up to 576 |  |" in seen
+    assert seen.count("this model's") == (0 if "image_aspect_ratio" in kwargs else 1)
+    assert ("| `small`: 589,824 pixels | up to 144 | this model's |" in seen) is ("preset" in kwargs)
+    assert ("long or wide pictures lose most" in card) is (not kwargs)
+    assert "\n\n\n" not in card.split("## Intended use")[1].split("## ")[0]
 
 
 def test_results_become_a_table_and_a_model_index(staged, tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convllava_hf import ConvLlavaConfig, cli
+from convllava_hf import ConvLlavaConfig, ConvLlavaImageProcessor, cli
+from convllava_hf.modeling.configuration_convllava import PRESETS, PictureSizes
 
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,25 @@ def test_token_table():
     for side, *tokens in rows:
         counted = [config.num_visual_tokens(int(side), int(side)) for config in (five, four)]
         assert counted == [int(number) for number in tokens]
+
+
+def test_preset_table():
+    """Names, bounds and tokens of each preset, and those of the pictures that the head of the table describes."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (head,) = re.findall(r"^\| preset \|.*\|$", text, flags=re.M)
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) \| (\d+) \| (.*) \|$", text, flags=re.M)
+    shapes = [(2339, 1654) if "A4" in cell else tuple(map(int, re.findall(r"\d+", cell)))[::-1]
+              for cell in head.split(" | ")[3:]]  # fmt: skip
+    assert (210 * 200 / 25.4, 297 * 200 / 25.4) == pytest.approx((1654, 2339), abs=0.5)
+    assert [row[0] for row in rows] == list(PRESETS) and len(shapes) == 4
+    for name, height, width, most, counts in rows:
+        sizes = ConvLlavaImageProcessor(preset=name).picture_sizes()
+        assert int(height) * int(width) == sizes.most_pixels
+        assert int(most) == sizes.most_tokens
+        assert [int(count) for count in counts.split(" | ")] == [sizes.tokens(*shape) for shape in shapes]
+        four = PictureSizes("native", 768, 32, None, sizes.most_pixels)
+        assert all(3.5 < four.tokens(*shape) / sizes.tokens(*shape) < 5 for shape in shapes)
+        assert sizes.least_pixels == 256**2
 
 
 def test_files_that_the_pages_name_exist():

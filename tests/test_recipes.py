@@ -19,6 +19,7 @@ from conftest import make_config, make_model  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.data.sources import ENTRY_KEYS  # noqa: E402
+from convllava_hf.modeling.configuration_convllava import PRESETS  # noqa: E402
 from convllava_hf.training.arguments import LORA_TARGETS, check_arguments, make_parser  # noqa: E402
 from convllava_hf.training.trainable import set_trainable  # noqa: E402
 
@@ -98,8 +99,10 @@ def model_of(path: Path, models: dict):
 
 def test_there_is_a_recipe_for_everything():
     stages = {"stage1_projector", "stage2_pretrain", "stage3_instruct"}
+    native = {"stage2_native", "stage3_native"}
     for folder in ("convllava-7b-768", "convllava-7b-1024", "convllava-7b-1536"):
-        assert {path.stem for path in RECIPES if path.parent.name == folder} == stages | {"lora", "qlora"}
+        more = native if folder == "convllava-7b-1536" else set()
+        assert {path.stem for path in RECIPES if path.parent.name == folder} == stages | {"lora", "qlora"} | more
     assert {path.stem for path in RECIPES if path.parent.name == "convllava-1.5b-768"} == stages | {"lora"}
     assert {path.stem for path in ACCELERATE} == {"one_gpu", "ddp", "fsdp2", "zero2", "zero3"}
 
@@ -206,6 +209,8 @@ def test_a_stage_starts_from_the_one_before(path):
     _, training, model = parse(path)
     folder = f"checkpoints/{path.parent.name}"
     names = ["assembled", "stage1_projector", "stage2_pretrain", "stage3_instruct"]
+    if path.stem == "stage3_native":
+        names[2] = "stage2_native"
     assert training.output_dir == f"{folder}/{path.stem}"
     assert model.model_name_or_path == f"{folder}/{names[stage_of(path) - 1]}"
 
@@ -220,6 +225,18 @@ def test_data_sets_name_where_their_pictures_are(path):
         assert entry["image_folder"]
         assert f"`{entry['path']}`" in readme
     assert len(entries) == {1: 4, 2: 5, 3: 1}[stage_of(path)]
+
+
+@pytest.mark.parametrize("stage, name", [(2, "stage2_pretrain"), (3, "stage3_instruct")])
+def test_native_recipes_differ_in_the_pictures_alone(stage, name):
+    folder = ROOT / "recipes" / "convllava-7b-1536"
+    native, square = values(folder / f"stage{stage}_native.yaml"), values(folder / f"{name}.yaml")
+    assert native.pop("preset") == "large" and PRESETS["large"] == 1536**2
+    assert native.pop("group_by_picture_shape") is True
+    paths = ("model_name_or_path", "output_dir")
+    assert {key: native[key] for key in native if key not in paths} == {
+        key: square[key] for key in square if key not in paths
+    }
 
 
 def test_a_data_set_on_the_command_line_replaces_the_recipe_s():

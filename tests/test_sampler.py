@@ -25,6 +25,33 @@ def make_sampler(pictures: int, texts: int, batch: int, seed: int = 0) -> Modali
     return ModalityLengthSampler(*make_samples(pictures, texts), batch, seed)
 
 
+SHAPES = [(8, 10), (8, 10), (8, 10), (10, 8), (10, 8), (9, 16), (27, 19), (12, 12), (3, 3), (5, 31), (16, 2)]
+
+
+def make_shaped(pictures: int, texts: int, batch: int, seed: int = 0, shapes=SHAPES) -> ModalityLengthSampler:
+    """Pictures of common shapes and of any, and lengths that hold their tokens."""
+    rng = random.Random(seed)
+    lengths, has_picture = make_samples(pictures, texts, seed)
+    drawn = [
+        (0, 0) if not has else rng.choice([rng.choice(shapes), (rng.randint(4, 24), rng.randint(4, 24))])
+        for has in has_picture
+    ]
+    lengths = [length + rows * columns for length, (rows, columns) in zip(lengths, drawn, strict=True)]
+    return ModalityLengthSampler(lengths, has_picture, batch, seed, drawn)
+
+
+def padding(sampler: ModalityLengthSampler, order: list[int], size: int) -> tuple[float, float]:
+    """Tokens that are padding, as a part of those that are not: around pictures, and after texts."""
+    shapes, lengths, padded, real = sampler.shapes, sampler.lengths, [0, 0], [0, 0]
+    for batch in steps([index for index in order if sampler.has_picture[index]], size):
+        rows, columns = (max(shapes[index][axis] for index in batch) for axis in (0, 1))
+        padded[0] += len(batch) * rows * columns
+        padded[1] += len(batch) * max(lengths[index] for index in batch)
+        real[0] += sum(shapes[index][0] * shapes[index][1] for index in batch)
+        real[1] += sum(lengths[index] for index in batch)
+    return padded[0] / real[0] - 1, padded[1] / real[1] - 1
+
+
 def steps(order: list[int], batch: int) -> list[list[int]]:
     return [order[start : start + batch] for start in range(0, len(order), batch)]
 
@@ -102,16 +129,59 @@ def test_long_and_short_steps_come_in_no_order():
     assert abs(torch.corrcoef(places)[0, 1]) < 0.15
 
 
+@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_with_shapes_too_every_sample_comes_once_in_steps_of_one_modality(pictures, texts, batch, epoch):
+    sampler, again = make_shaped(pictures, texts, batch, 5), make_shaped(pictures, texts, batch, 5)
+    list(again)
+    for one in (sampler, again):
+        one.set_epoch(epoch)
+    order = list(sampler)
+    assert sorted(order) == list(range(pictures + texts)) and list(again) == order
+    whole = pictures // batch + texts // batch
+    for number, step in enumerate(steps(order, batch)):
+        assert len({sampler.has_picture[index] for index in step}) == 1 or number >= whole
+
+
+@pytest.mark.parametrize("batch, device, around, after", [(64, 8, 0.2, 0.1), (16, 8, 0.25, 0.15), (8, 8, 0.25, 0.15)])
+def test_little_is_padded_around_pictures_and_after_texts(batch, device, around, after):
+    """Against by length alone, which leaves the shapes to chance, and by chance altogether."""
+    sampler = make_shaped(6400, 500, batch)
+    by_length = ModalityLengthSampler(sampler.lengths, sampler.has_picture, batch, 0)
+    of_shapes, of_texts = padding(sampler, list(sampler), device)
+    of_shapes_by_length, _ = padding(sampler, list(by_length), device)
+    chance = padding(sampler, random.Random(1).sample(range(6900), 6900), device)
+    assert of_shapes < around * of_shapes_by_length < around * chance[0]
+    assert of_texts < after * chance[1]
+
+
+def test_pictures_of_one_shape_are_ordered_by_length_as_without_shapes():
+    sampler = make_shaped(1000, 77, 16, shapes=[(12, 12)])
+    sampler.shapes = [(12, 12) if has else (0, 0) for has in sampler.has_picture]
+    plain = ModalityLengthSampler(sampler.lengths, sampler.has_picture, 16, 0)
+    assert list(sampler) == list(plain)
+
+
+def test_batches_with_shapes_too_are_put_together_anew_each_epoch():
+    sampler = make_shaped(406, 98, 8)
+    first = {frozenset(step) for step in steps(list(sampler), 8)}
+    sampler.set_epoch(1)
+    assert len(first & {frozenset(step) for step in steps(list(sampler), 8)}) < len(first) / 4
+
+
 def test_lengths_and_modalities_must_be_of_the_same_samples():
     with pytest.raises(ValueError, match="3 lengths, but 2 samples"):
         ModalityLengthSampler([1, 2, 3], [True, False], 2, 0)
+    with pytest.raises(ValueError, match="1 shapes, but 2 samples"):
+        ModalityLengthSampler([1, 2], [True, False], 2, 0, [(1, 1)])
 
 
-def test_processes_share_steps_and_change_the_order_together():
+@pytest.mark.parametrize("make", [make_sampler, make_shaped])
+def test_processes_share_steps_and_change_the_order_together(make):
     """Through accelerate's data loader, as the Trainer prepares it for several processes."""
     data_loader = pytest.importorskip("accelerate.data_loader")
     per_device, processes = 4, 2
-    sampler = make_sampler(204, 100, per_device * processes)
+    sampler = make(204, 100, per_device * processes)
     whole = 204 // 8 + 100 // 8
     loaders = [
         data_loader.prepare_data_loader(

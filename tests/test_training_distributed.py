@@ -55,12 +55,23 @@ GROUPED = {
     "gradient_accumulation_steps": 1,
     "save_strategy": "epoch",
 }
+NATIVE = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "group_by_picture_shape": "true",
+    "image_aspect_ratio": "native",
+    "max_pixels": 14 * 64**2,
+}
 RUNS = {
     "stage1": (RECIPES / f"{STAGES[1]}.yaml", MIXED),
     "stage2": (RECIPES / f"{STAGES[2]}.yaml", MIXED),
     "stage3": (RECIPES / f"{STAGES[3]}.yaml", {**MIXED, "gradient_checkpointing": "false"}),
     "lora": (RECIPES / "lora.yaml", {**MIXED, **LORA}),
     "grouped": (RECIPES / f"{STAGES[2]}.yaml", GROUPED),
+    "native": (RECIPES / f"{STAGES[2]}.yaml", NATIVE),
 }
 
 
@@ -76,7 +87,7 @@ def samples(tmp_path_factory) -> Path:
 
 def command_of(name: str, start: Path, samples: Path, output: Path, **more) -> list[str]:
     recipe, values = RUNS[name]
-    data = {} if name == "grouped" else {"dataset_name": samples}
+    data = {} if name in ("grouped", "native") else {"dataset_name": samples}
     return arguments_of(recipe, start, output, **{**values, **data, **more})
 
 
@@ -116,6 +127,26 @@ def test_two_processes_train_as_one_does(name, together, start, samples, tmp_pat
         np.testing.assert_allclose(rank["losses"], logged(alone, "loss"), rtol=1e-5)
         np.testing.assert_allclose(rank["gradient_norms"], logged(alone, "grad_norm"), rtol=1e-4)
     assert_same_updates(folder / name, tmp_path / name, start, 1e-2)
+
+
+def test_native_pictures_by_shape_are_ordered_and_trained_as_by_one_process(together, start, samples, tmp_path):
+    """Each process pads to its own pictures, and one with both pads to both's."""
+    folder, told = together
+    for rank in told["native"]:
+        assert (rank["world"], rank["wrapper"]) == (2, "DistributedDataParallel")
+
+    from convllava_hf.train import main
+
+    alone = main(command_of("native", start, samples, tmp_path / "native", **ALONE))
+    assert alone.processing_class.image_processor.image_aspect_ratio == "native"
+    order = [sample for step in zip(*(rank["batches"] for rank in told["native"]), strict=True)
+             for ((sample, _),) in step]  # fmt: skip
+    sampler = alone._get_train_sampler()
+    assert order[:8] == [alone.train_dataset[index]["sample"] for index in sampler]
+    for rank in told["native"]:
+        np.testing.assert_allclose(rank["losses"], logged(alone, "loss"), rtol=1e-5)
+        np.testing.assert_allclose(rank["gradient_norms"], logged(alone, "grad_norm"), rtol=1e-4)
+    assert_same_updates(folder / "native", tmp_path / "native", start, 1e-2)
 
 
 def test_every_sample_is_seen_once_an_epoch(together):

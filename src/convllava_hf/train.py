@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from . import AutoModelForVision2Seq
 from .data import load_training_data
 from .errors import ConvLlavaError
+from .picture_options import with_picture_options
 from .training.arguments import LORA_TARGETS, DataArguments, TrainingArguments, check_arguments, make_parser
 from .training.checkpoints import fault_of_checkpoint, last_whole_checkpoint
 from .training.curve import save_loss_curve
@@ -61,6 +62,7 @@ def train(
     processor = AutoProcessor.from_pretrained(
         model_config.model_name_or_path, revision=model_config.model_revision, trust_remote_code=True
     )
+    processor = with_picture_options(processor, data.pictures)
     dataset = load_training_data(
         data.dataset_name,
         split=data.dataset_train_split,

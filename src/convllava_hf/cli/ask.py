@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .common import add_generation_arguments, load_assistant, show
+from .common import add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
 
 
 def register(subparsers) -> None:
@@ -16,15 +16,18 @@ def register(subparsers) -> None:
     parser.add_argument("image", metavar="IMAGE", help="path or URL of a picture")
     parser.add_argument("question", metavar="QUESTION", help="put <image> into it to place the picture in the text")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the answer and its figures")
+    add_picture_arguments(parser)
     add_generation_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..inference import check_checkpoint, open_picture, system_turn, user_turn
+    from ..picture_options import check_picture_options
 
     # All that can be refused is refused before the weights are read.
     check_checkpoint(args.model)
+    check_picture_options(args.model, picture_options(args))
     messages = [system_turn(args.system)] if args.system else []
     messages.append(user_turn(args.question, [open_picture(args.image)]))
     assistant = load_assistant(args)
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         on_text=None if args.json else show,
+        images_kwargs=picture_options(args),
     )
     if not args.json:
         print()

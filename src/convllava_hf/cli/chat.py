@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from ..errors import ConvLlavaError
-from .common import add_generation_arguments, load_assistant, show
+from .common import add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
 
 
 HELP = """\
@@ -26,14 +26,17 @@ def register(subparsers) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a converted checkpoint, or its id on the Hub")
     parser.add_argument("--image", metavar="IMAGE", help="path or URL of a picture for the first question")
+    add_picture_arguments(parser)
     add_generation_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..inference import check_checkpoint, open_picture
+    from ..picture_options import check_picture_options
 
     check_checkpoint(args.model)
+    check_picture_options(args.model, picture_options(args))
     pictures = [open_picture(args.image)] if args.image else []
     chat = Chat(load_assistant(args), args, pictures)
     for line in _lines():
@@ -96,6 +99,7 @@ class Chat:
                 max_new_tokens=self.args.max_new_tokens,
                 temperature=self.args.temperature,
                 on_text=show,
+                images_kwargs=picture_options(self.args),
             )
         except KeyboardInterrupt:
             print()

@@ -8,6 +8,8 @@ from ..errors import ConvLlavaError
 
 
 DTYPES = ("bfloat16", "float16", "float32")
+ASPECT_RATIOS = ("pad", "native", "shortest_edge")
+PRESETS = ("tiny", "small", "base", "large", "full")
 _TRAINING = ("datasets", "matplotlib", "peft", "trl", "yaml")
 
 
@@ -39,6 +41,36 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("4bit", "8bit"),
         help="load the language model in 4 or 8 bits by bitsandbytes",
     )
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how large the model sees pictures; what is not given is the checkpoint's own."""
+    group = parser.add_argument_group("pictures", "How large the model sees them (default: as the checkpoint says).")
+    group.add_argument(
+        "--preset", choices=PRESETS, help="their own shape, in up to 64, 144, 256, 576 or 2304 visual tokens"
+    )
+    group.add_argument(
+        "--image-aspect-ratio",
+        choices=ASPECT_RATIOS,
+        help="padded to a square, in their own shape, or with a shorter side of --size",
+    )
+    group.add_argument(
+        "--size", type=positive_int, metavar="PIXELS", help="side of the square, or shorter side; a multiple of 64"
+    )
+    group.add_argument(
+        "--min-pixels", type=positive_int, metavar="N", help="smaller ones in their own shape grow to N"
+    )
+    group.add_argument(
+        "--max-pixels", type=positive_int, metavar="N", help="larger ones in their own shape shrink to N"
+    )
+
+
+def picture_options(args: argparse.Namespace) -> dict:
+    """What was said about pictures, as arguments of the image processor."""
+    options = {
+        name: getattr(args, name) for name in ("preset", "image_aspect_ratio", "size", "min_pixels", "max_pixels")
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def positive_int(text: str) -> int:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from .common import positive_int, quiet_unless_watched
+from .common import add_picture_arguments, picture_options, positive_int, quiet_unless_watched
 
 
 def register(subparsers) -> None:
@@ -47,6 +47,7 @@ def _register_check(commands) -> None:
         help="problems of a kind to show (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    add_picture_arguments(parser)
     parser.set_defaults(run=run_check)
 
 
@@ -63,6 +64,7 @@ def _register_inspect(commands) -> None:
     parser.add_argument(
         "--save", metavar="PNG", help="write the picture as the model sees it, further ones as NAME-2.png and so on"
     )
+    add_picture_arguments(parser)
     parser.set_defaults(run=run_inspect)
 
 
@@ -90,6 +92,7 @@ def run_check(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         workers=args.workers,
         examples=args.examples,
+        pictures=picture_options(args),
         progress=sys.stderr.isatty(),
     )
     if args.json:
@@ -103,7 +106,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     from ..data.inspecting import inspect_sample, save_pictures
 
     _be_quiet()
-    seen = inspect_sample(args.file, args.images, args.index, args.model, split=args.split, name=args.name)
+    pictures = picture_options(args)
+    seen = inspect_sample(
+        args.file, args.images, args.index, args.model, split=args.split, name=args.name, pictures=pictures
+    )
     paths = save_pictures(seen, args.save) if args.save else []
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"Sample {seen.index}" + (f" ({_printable(seen.id)})" if seen.id else ""))

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError
+from ..picture_options import with_picture_options
 from .conversations import SampleError, pictures_of, sample_of
 from .paths import PictureFolder, located
 from .picture_files import examine
@@ -105,6 +106,7 @@ def check_data(
     max_length: int = 2048,
     workers: int | None = None,
     examples: int = 3,
+    pictures: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Report:
     """Checks every sample and decodes every picture of a data set.
@@ -115,13 +117,14 @@ def check_data(
         max_length: tokens that a sample may have; needs `model`.
         workers: processes to use where there is much to do; default: one for each CPU that this one may use, up to 16.
         examples: problems of a kind that are kept; all are counted.
+        pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`; needs `model`.
         progress: show a bar on standard error.
 
     Raises:
         ConvLlavaError: there is no such data set, folder or model. What is wrong with the data is in the report.
     """
     records, _ = open_records(path, split=split, name=name)
-    checker = (picture_folder(path, image_folder), load_processor(model), max_length, examples)
+    checker = (picture_folder(path, image_folder), load_processor(model, pictures), max_length, examples)
     report = Report(examples, tokens=None if model is None else Tokens())
     broken: list[BrokenFileError] = []
     by_bytes = isinstance(records, SampleFile)
@@ -194,11 +197,13 @@ def _cpus() -> int:
     return min(cpus, MOST_WORKERS)
 
 
-def load_processor(model: str | os.PathLike | None) -> Any:
+def load_processor(model: str | os.PathLike | None, pictures: Mapping[str, Any] | None = None) -> Any:
     if model is None:
+        if pictures:
+            raise ConvLlavaError(f"{', '.join(pictures)} say how a model sees pictures: name a model as well.")
         return None
     from ..inference import check_checkpoint
     from ..modeling.processing_convllava import ConvLlavaProcessor
 
     check_checkpoint(model)
-    return ConvLlavaProcessor.from_pretrained(model)
+    return with_picture_options(ConvLlavaProcessor.from_pretrained(model), pictures or {})

@@ -1,6 +1,7 @@
 """Shows one sample as the model will see it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def inspect_sample(
     *,
     split: str = "train",
     name: str | None = None,
+    pictures: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Renders, tokenizes and preprocesses one sample as training does.
 
@@ -71,6 +73,7 @@ def inspect_sample(
         path, image_folder, split, name: as in `load_training_data`.
         index: of the sample in the file, from 0.
         model: folder or Hub id of a checkpoint.
+        pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`.
 
     Raises:
         ConvLlavaError: there is no such data set, sample or model, or the sample is not as it should be.
@@ -84,21 +87,19 @@ def inspect_sample(
         references = [located(picture, folder) for picture in sample["images"]]
     except SampleError as error:
         raise ConvLlavaError(f"Sample {index}: {error}") from error
-    processor = load_processor(model)
+    processor = load_processor(model, pictures)
     try:
-        pictures = [processor.image_processor.fetch_images(reference) for reference in references]
+        opened = [processor.image_processor.fetch_images(reference) for reference in references]
     except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF
         raise ConvLlavaError(f"Sample {index} has a picture that cannot be read: {error}") from error
-    messages = with_pictures(sample["messages"], pictures)
+    messages = with_pictures(sample["messages"], opened)
     identity = record.get("id")
     return Inspection(
         index=index,
         id=None if identity is None else str(identity),
         text=processor.apply_chat_template(messages, tokenize=False),
-        tokens=_tokens(processor, messages, pictures),
-        pictures=[
-            _seen(processor, reference, picture) for reference, picture in zip(references, pictures, strict=True)
-        ],
+        tokens=_tokens(processor, messages, opened),
+        pictures=[_seen(processor, reference, picture) for reference, picture in zip(references, opened, strict=True)],
     )
 
 

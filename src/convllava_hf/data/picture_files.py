@@ -27,6 +27,23 @@ class Examined:
     detail: str = ""
 
 
+def stored_size(picture: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of a picture, `bytes` or else a `path`, turned as EXIF says; `None` if they cannot be told.
+
+    The header alone is read. Of a PNG whose EXIF stands after its pixels, the size is that before turning.
+    """
+    source = picture["path"] if picture.get("bytes") is None else io.BytesIO(picture["bytes"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source) as opened:
+                size = (opened.height, opened.width)
+                exif = opened.getexif() if opened.format != "PNG" or "exif" in opened.info else {}
+                return size[::-1] if exif.get(EXIF_ORIENTATION) in _TURNED else size
+    except Exception:  # PIL's parsers let through whatever they stumble over
+        return None
+
+
 def examine(picture: Mapping[str, Any]) -> Examined:
     """Decodes a picture, `bytes` or else a `path`, to its end."""
     if picture.get("bytes") is None:

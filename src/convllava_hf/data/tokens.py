@@ -10,11 +10,12 @@ from .report import Tokens
 class _Size:
     """Stands for a picture of which only height and width matter.
 
-    No dataclass, for transformers would take its fields for text that goes into the prompt.
+    No dataclass: transformers 5.24 makes dicts of those that it finds in messages.
     """
 
     def __init__(self, height: int, width: int):
-        self.height, self.width = height, width
+        self.height = height
+        self.width = width
 
 
 class _SizesAlone:

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..modeling.configuration_convllava import visual_token_grid
+from ..modeling.configuration_convllava import PRESETS, PictureSizes, visual_token_grid
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
+from ..picture_options import PICTURE_OPTIONS
 
 
 _SIDES = (1536, 1024, 768, 512, 256, 128, 64)  # pixels; what is offered below the checkpoint's own resolution
 _OFFERED = 4
+_OFFERED_NATIVE = 2  # of the image processor's presets, the largest that cost no more than the checkpoint's own way
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,28 @@ class View:
 
 
 def presets(image_processor: ConvLlavaImageProcessor) -> dict[str, Preset]:
-    """By name, the checkpoint's own resolution first. Another mode of the image processor is added here."""
-    height, width = image_processor.size["height"], image_processor.size["width"]
-    stride = image_processor.stride
-    own = [Preset(_name(height, width, stride))]
-    smaller = [side for side in _SIDES if side < min(height, width) and side % stride == 0][: _OFFERED - 1]
-    squares = [Preset(_name(side, side, stride), {"size": {"height": side, "width": side}}) for side in smaller]
-    return {preset.name: preset for preset in own + squares}
+    """By name, the checkpoint's own way first, then smaller squares, then pictures in their own shape."""
+    own, stride = image_processor.picture_sizes(), image_processor.stride
+    sides = [side for side in _SIDES if side < own.size and side % stride == 0][: _OFFERED - 1]
+    offered = [Preset(_name(own))]
+    for side in sides:
+        kwargs = {"image_aspect_ratio": "pad", "size": {"height": side, "width": side}}
+        offered.append(Preset(_name(image_processor.picture_sizes(**kwargs)), kwargs))
+    within = [name for name, pixels in PRESETS.items() if pixels <= max(own.size**2, own.most_pixels)]
+    for name in within[: -_OFFERED_NATIVE - 1 : -1]:
+        offered.append(Preset(_name(image_processor.picture_sizes(preset=name)), {"preset": name}))
+    by_name: dict[str, Preset] = {}
+    for preset in offered:
+        by_name.setdefault(preset.name, preset)  # the checkpoint's own way may be one of the others
+    return by_name
 
 
 def view(image_processor: ConvLlavaImageProcessor, preset: Preset, picture_width: int, picture_height: int) -> View:
     """What the model sees of a picture of this size, and where in it the picture lies."""
     height, width = image_processor.get_image_size(picture_height, picture_width, **preset.images_kwargs)
     rows, columns = visual_token_grid(height, width, image_processor.stride)
-    mode = preset.images_kwargs.get("image_aspect_ratio", image_processor.image_aspect_ratio)
-    if mode != "pad":
+    of_sizes = {key: value for key, value in preset.images_kwargs.items() if key in PICTURE_OPTIONS}
+    if image_processor.picture_sizes(**of_sizes).mode != "pad":
         return View(height, width, rows * columns, 0.0, 0.0, 1.0, 1.0)
     # As the image processor pads: to the longer side, of an odd remainder one pixel less before the picture.
     side = max(picture_width, picture_height)
@@ -67,7 +76,9 @@ def view(image_processor: ConvLlavaImageProcessor, preset: Preset, picture_width
     )
 
 
-def _name(height: int, width: int, stride: int) -> str:
-    rows, columns = visual_token_grid(height, width, stride)
-    tokens = rows * columns
-    return f"{width} × {height} px · {tokens} visual token{'s' if tokens > 1 else ''}"
+def _name(sizes: PictureSizes) -> str:
+    if sizes.mode == "shortest_edge":
+        return f"shorter side {sizes.size} px · up to {sizes.most_tokens} visual tokens"
+    tokens = sizes.most_tokens if sizes.mode == "native" else sizes.tokens(1, 1)
+    cost = f"{tokens} visual token{'s' if tokens > 1 else ''}"
+    return f"own shape · up to {cost}" if sizes.mode == "native" else f"{sizes.size} × {sizes.size} px · {cost}"

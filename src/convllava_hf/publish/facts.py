@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from ..errors import ConvLlavaError
-from ..modeling.configuration_convllava import ConvLlavaConfig, tower_stride, visual_token_grid
+from ..modeling.configuration_convllava import PRESETS, ConvLlavaConfig, PictureSizes, tower_stride
 from ..record import read_record
 from .files import Staged, is_hub_id
 
@@ -140,17 +140,23 @@ def read_about(path: str | Path) -> About:
 def model_facts(staged: Staged) -> dict[str, Any]:
     """What the checkpoint says of itself: sizes, resolution, tokens. An adapter knows no more than its pictures."""
     processor = staged.json("preprocessor_config.json")
-    size, stride = processor.get("size") or {}, processor.get("stride", 64)
-    height, width = size.get("height"), size.get("width")
+    sizes = _picture_sizes(processor)
     parameters, dtypes = _count_weights(staged)
     facts: dict[str, Any] = {
         "parameters": _readable(parameters),
         "dtype": ", ".join(_DTYPES.get(dtype, dtype) for dtype in dtypes),
-        "resolution": height,
-        "stride": stride,
-        "tokens": math.prod(visual_token_grid(height, width, stride)),
-        "token_table": _token_table(height, stride),
-        "aspect_ratio": processor.get("image_aspect_ratio", "pad"),
+        "resolution": sizes.size,
+        "stride": sizes.stride,
+        "sees": _sees(sizes),
+        "tokens": sizes.most_tokens,
+        "token_table": _token_table(sizes),
+        "preset_table": [
+            {"name": name, "pixels": pixels, "tokens": pixels // sizes.stride**2, "own": sizes.max_pixels == pixels}
+            for name, pixels in PRESETS.items()
+        ],
+        "aspect_ratio": sizes.mode,
+        "least_pixels": sizes.least_pixels,
+        "most_pixels": sizes.most_pixels,
     }
     if staged.base_model is None:
         config = ConvLlavaConfig(**_arguments(staged.json("config.json")))
@@ -222,9 +228,30 @@ def _readable(number: int) -> str:
     return f"{number:,}"
 
 
-def _token_table(side: int, stride: int) -> list[dict[str, Any]]:
-    sides = sorted({side, *(one for one in _RESOLUTIONS if one % stride == 0)})
-    return [{"side": one, "tokens": (one // stride) ** 2, "own": one == side} for one in sides]
+def _picture_sizes(processor: dict[str, Any]) -> PictureSizes:
+    """What preprocessor_config.json says of the sizes of pictures."""
+    return PictureSizes(
+        processor.get("image_aspect_ratio", "pad"),
+        (processor.get("size") or {}).get("height"),
+        processor.get("stride", 64),
+        processor.get("min_pixels"),
+        processor.get("max_pixels"),
+    )
+
+
+def _sees(sizes: PictureSizes) -> str:
+    """How the model sees a picture, in few words."""
+    if sizes.mode == "pad":
+        return f"{sizes.size} x {sizes.size} pixels as {sizes.tokens(1, 1)} visual tokens"
+    if sizes.mode == "native":
+        return f"up to {sizes.most_pixels:,} pixels in their own shape as up to {sizes.most_tokens} visual tokens"
+    return f"a shorter side of {sizes.size} pixels, in up to {sizes.most_tokens} visual tokens"
+
+
+def _token_table(sizes: PictureSizes) -> list[dict[str, Any]]:
+    sides = sorted({sizes.size, *(one for one in _RESOLUTIONS if one % sizes.stride == 0)})
+    own = sizes.size if sizes.mode == "pad" else None
+    return [{"side": one, "tokens": (one // sizes.stride) ** 2, "own": one == own} for one in sides]
 
 
 def _stage_row(number: int, stage: dict[str, Any]) -> dict[str, Any]:

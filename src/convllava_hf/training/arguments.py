@@ -1,10 +1,12 @@
 """What a recipe may say beyond TRL's own arguments."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from ..errors import ConvLlavaError
+from ..picture_options import PICTURE_OPTIONS
 
 
 # LoRA on the language model's linear layers: `all-linear` would also take ConvNeXt's and the projector's.
@@ -41,6 +43,19 @@ class DataArguments(ScriptArguments):
     max_bad_pictures: int = field(
         default=100, metadata={"help": "With on_bad_picture=skip: skipped samples of a process that end the run."}
     )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures in their own shape of up to so many visual tokens: tiny (64), small (144), base (256), "
+            "large (576) or full (2304). This and the next three: as the checkpoint has it, if not given; the new "
+            "checkpoint keeps it."
+        },
+    )
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "How pictures come to the tower's shape: pad, native or shortest_edge."}
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Native pictures of fewer pixels are enlarged."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Native pictures of more pixels are made smaller."})
 
     def __post_init__(self):
         if self.on_bad_picture not in ("error", "skip"):
@@ -49,6 +64,12 @@ class DataArguments(ScriptArguments):
             raise ConvLlavaError("No data: set dataset_name, or datasets for a mixture.")
         if self.dataset_name:
             self.datasets = None
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """What was said about how pictures are looked at, as arguments of the image processor."""
+        given = {name: getattr(self, name, None) for name in PICTURE_OPTIONS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
@@ -71,6 +92,13 @@ class TrainingArguments(SFTConfig):
     group_by_modality_length: bool = field(
         default=True,
         metadata={"help": "Whether a step's batches hold either pictures or none, and samples of similar lengths."},
+    )
+    group_by_picture_shape: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether such samples are also put together that little is padded around native pictures. The "
+            "header of every picture is read for it, once."
+        },
     )
     merge_adapter: bool = field(
         default=False, metadata={"help": "With use_peft: also save the model with the adapter merged, in merged/."}
@@ -123,6 +151,11 @@ def check_arguments(data: DataArguments, training: TrainingArguments, model: Mod
         raise ConvLlavaError(
             f"eval_strategy is {str(training.eval_strategy)!r}, but the data has no split to evaluate on: name "
             "eval_dataset_name, or leave eval_strategy out."
+        )
+    if training.group_by_picture_shape and (data.dataset_streaming or not training.group_by_modality_length):
+        raise ConvLlavaError(
+            "group_by_picture_shape needs group_by_modality_length and a data set that does not stream: its pictures' "
+            "sizes must be known before the first step."
         )
     if training.packing or training.padding_free:
         raise ConvLlavaError("packing and padding_free do not work with pictures: leave them out.")

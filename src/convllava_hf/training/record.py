@@ -32,6 +32,7 @@ _HYPERPARAMETERS = (
     "max_length",
     "assistant_only_loss",
     "group_by_modality_length",
+    "group_by_picture_shape",
     "bf16",
     "fp16",
     "seed",
@@ -84,6 +85,8 @@ def describe_run(
         "dtype": str(model.dtype or "float32"),
         "versions": {"python": platform.python_version(), **_versions()},
     }
+    if data.pictures:
+        stage["pictures"] = data.pictures
     if model.use_peft:
         stage["lora"] = {key.removeprefix("lora_"): value for key in _LORA if (value := getattr(model, key, None))}
     return stage

@@ -1,6 +1,7 @@
-"""The order of samples: batches of one modality and of similar lengths."""
+"""The order of samples: batches of one modality, of pictures of similar shapes, and of similar lengths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -10,6 +11,11 @@ from torch.utils.data import Sampler
 # data set a quarter at most, so that an epoch's batches are not those of the epoch before.
 _SORTED_TOGETHER = 50
 _GROUPS = 4
+# Where shapes matter as well, similar samples are rarer, so more are looked at.
+_SAMPLES_TOGETHER = 2048
+# Samples that are kept together within a step, whatever the number of devices that it is divided among: the order must
+# not depend on it.
+_PADDED_TOGETHER = 8
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -18,20 +24,34 @@ class ModalityLengthSampler(Sampler[int]):
     A text-only batch beside one with pictures leaves a device idle while the other runs its tower; a short sample
     beside a long one is mostly padding. What does not fill a batch of one modality goes into mixed ones.
 
-    The order is a function of the seed and the epoch alone, so a resumed run goes on in the same order.
+    With shapes, samples with pictures are put together such that little is padded both around pictures and after
+    texts: they are halved by rows, by columns or by length, whichever leaves least to pad in the halves, and so on.
+
+    The order is a function of the seed, the epoch and the samples of a step alone, so a resumed run goes on in the
+    same order, and every process has the same.
 
     Args:
         lengths: of every sample, in tokens or anything proportional to them.
         has_picture: of every sample.
         batch_size: samples of a step over all devices.
         seed: of the order.
+        shapes: rows and columns of visual tokens that every sample's pictures need room for, (0, 0) without any.
     """
 
-    def __init__(self, lengths: Sequence[int], has_picture: Sequence[bool], batch_size: int, seed: int):
-        if len(lengths) != len(has_picture):
-            raise ValueError(f"There are {len(lengths)} lengths, but {len(has_picture)} samples.")
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        has_picture: Sequence[bool],
+        batch_size: int,
+        seed: int,
+        shapes: Sequence[tuple[int, int]] | None = None,
+    ):
+        for name, values in (("lengths", lengths), ("shapes", shapes)):
+            if values is not None and len(values) != len(has_picture):
+                raise ValueError(f"There are {len(values)} {name}, but {len(has_picture)} samples.")
         self.lengths = lengths
         self.has_picture = has_picture
+        self.shapes = shapes
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -59,10 +79,45 @@ class ModalityLengthSampler(Sampler[int]):
         """Batches of similar lengths; the last one may be short."""
         shuffled = [indices[position] for position in torch.randperm(len(indices), generator=generator).tolist()]
         whole = len(shuffled) // self.batch_size * self.batch_size
-        size = max(1, min(_SORTED_TOGETHER, whole // self.batch_size // _GROUPS)) * self.batch_size
+        together = _SORTED_TOGETHER
+        if self.shapes is not None:
+            together = max(together, _SAMPLES_TOGETHER // self.batch_size)
+        size = max(1, min(together, whole // self.batch_size // _GROUPS)) * self.batch_size
         ordered = []
         for start in range(0, whole, size):
             group = shuffled[start : min(whole, start + size)]
-            ordered += sorted(group, key=lambda index: self.lengths[index], reverse=True)
+            ordered += self._arranged(group)
         ordered += shuffled[whole:]
         return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+
+    def _arranged(self, group: list[int]) -> list[int]:
+        """Whole steps of samples of one modality such that neighbours are alike."""
+        if self.shapes is None or not self.has_picture[group[0]]:
+            return self._sorted(group, lambda index: self.lengths[index])
+        return self._halved(group, self.batch_size)
+
+    def _halved(self, indices: list[int], unit: int) -> list[int]:
+        """Halves and halves of halves, in whole units, of the likes of samples with pictures."""
+        if len(indices) <= unit:
+            if unit <= _PADDED_TOGETHER or len(indices) <= _PADDED_TOGETHER:
+                return self._sorted(indices, lambda index: self.lengths[index])
+            unit = _PADDED_TOGETHER
+        middle = -(-len(indices) // unit // 2) * unit
+        halves = []
+        for key in (
+            lambda index: (self.shapes[index], self.lengths[index]),
+            lambda index: (self.shapes[index][::-1], self.lengths[index]),
+            lambda index: (self.lengths[index], self.shapes[index]),
+        ):
+            ordered = self._sorted(indices, key)
+            halves.append((ordered[:middle], ordered[middle:]))
+        first, second = min(halves, key=lambda pair: sum(self._padded(half) for half in pair))
+        return self._halved(first, unit) + self._halved(second, unit)
+
+    def _padded(self, batch: list[int]) -> int:
+        """Tokens that tower and language model would see of a batch; one costs either of them about as much."""
+        rows, columns = (max(self.shapes[index][axis] for index in batch) for axis in (0, 1))
+        return len(batch) * (rows * columns + max(self.lengths[index] for index in batch))
+
+    def _sorted(self, indices: list[int], key: Callable[[int], Any]) -> list[int]:
+        return sorted(indices, key=key, reverse=True)

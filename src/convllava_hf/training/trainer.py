@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from ..data.pictures import SafePictureCollator
 from .optimizer import parameter_groups
 from .sampler import ModalityLengthSampler
+from .shapes import Shapes, picture_shapes, room_for
 
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,16 @@ class ConvLlavaTrainer(SFTTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.group_by_modality_length or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(dataset)
-        lengths, has_picture = sample_lengths(dataset, self.processing_class)
+        shapes = None
+        image_processor = self.processing_class.image_processor
+        if self.args.group_by_picture_shape and image_processor.picture_sizes().mode != "pad":
+            with self.args.main_process_first(desc="reading the sizes of pictures"):
+                shapes = picture_shapes(dataset, image_processor, self.args.dataset_num_proc)
+        lengths, has_picture = sample_lengths(dataset, self.processing_class, shapes)
+        rooms = None if shapes is None else [room_for(pictures) for pictures in shapes]
         step = self.args.train_batch_size * self.accelerator.num_processes
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return ModalityLengthSampler(lengths, has_picture, step, seed)
+        return ModalityLengthSampler(lengths, has_picture, step, seed, rooms)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -119,17 +126,23 @@ def raise_to_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def sample_lengths(dataset, processor) -> tuple[list[int], list[bool]]:
-    """About how many tokens each sample has, and whether it has pictures. No picture is read for it."""
-    per_picture = processor._get_num_multimodal_tokens(
-        image_sizes=[processor.image_processor.get_image_size(1, 1)]
-    ).num_image_tokens[0]
+def sample_lengths(dataset, processor, shapes: Shapes | None = None) -> tuple[list[int], list[bool]]:
+    """About how many tokens each sample has, and whether it has pictures. No picture is read for it.
+
+    Args:
+        shapes: of the pictures, in visual tokens; without them all count as a square of the checkpoint's size.
+    """
+    sizes = processor.image_processor.picture_sizes()
+    per_picture = sizes.tokens(sizes.size, sizes.size)
     lengths, has_picture = [], []
     for batch in dataset.select_columns(["messages"]).iter(batch_size=1000):
         for messages in batch["messages"]:
             parts = [part for message in messages for part in message["content"]]
             pictures = sum(part["type"] == "image" for part in parts)
+            visual = pictures * per_picture
+            if shapes is not None:
+                visual = sum(rows * columns for rows, columns in shapes[len(lengths)])
             characters = sum(len(part["text"] or "") for part in parts if part["type"] == "text")
-            lengths.append(characters // _CHARACTERS_PER_TOKEN + pictures * per_picture)
+            lengths.append(characters // _CHARACTERS_PER_TOKEN + visual)
             has_picture.append(pictures > 0)
     return lengths, has_picture

@@ -1,0 +1,61 @@
+"""How large the tower will see every picture of a data set, from the pictures' headers alone."""
+
+import logging
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+
+from ..data.picture_files import stored_size
+
+
+logger = logging.getLogger(__name__)
+
+Shapes = list[list[tuple[int, int]]]
+_FEATURES = Features({"sizes": List(List(Value("int64")))})
+_UNKNOWN = (-1, -1)
+
+
+def picture_shapes(dataset: Dataset, image_processor: Any, processes: int | None = None) -> Shapes:
+    """Rows and columns of visual tokens of every picture of every sample.
+
+    The sizes are kept in the cache of `datasets`, so that the next run of the same data, or the next process, need not
+    read them again. A picture whose header cannot be read counts as a square; what is done about it is decided when it
+    is opened.
+
+    Args:
+        dataset: with a column `images` of undecoded pictures.
+        processes: that read headers; `None` for this one alone.
+    """
+    seen = image_processor.picture_sizes()
+    sizes = dataset.select_columns(["images"]).map(
+        _sizes,
+        batched=True,
+        batch_size=100,
+        remove_columns=["images"],
+        features=_FEATURES,
+        num_proc=processes,
+        desc="Reading sizes of pictures",
+    )
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    shapes: Shapes = []
+    unknown = 0
+    for row in sizes["sizes"]:
+        pairs = [tuple(size) for size in row]
+        unknown += pairs.count(_UNKNOWN)
+        for size in set(pairs) - set(known):
+            height, width = (seen.size, seen.size) if size == _UNKNOWN else size
+            known[size] = tuple(side // seen.stride for side in seen.seen(height, width))
+        shapes.append([known[size] for size in pairs])
+    if unknown:
+        logger.warning("The sizes of %d pictures could not be read; they count as squares.", unknown)
+    return shapes
+
+
+def room_for(shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns that all pictures of a sample fit into; (0, 0) for none."""
+    return max((rows for rows, _ in shapes), default=0), max((columns for _, columns in shapes), default=0)
+
+
+def _sizes(batch: dict[str, list]) -> dict[str, list]:
+    """Heights and widths of a batch's pictures; -1 where they cannot be told."""
+    return {"sizes": [[stored_size(picture) or _UNKNOWN for picture in images or ()] for images in batch["images"]]}
