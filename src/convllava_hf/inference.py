@@ -25,6 +25,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from .errors import ConvLlavaError, first_line
+from .fast_tower import choose_tower, has_plain_products, speed_up
 from .memory import Glance, Memory
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
@@ -279,6 +280,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
+    tower: str | None = None,
 ) -> Assistant:
     """Load a ConvLLaVA checkpoint for inference.
 
@@ -287,6 +289,7 @@ def load(
         device: default: CUDA, else Apple's GPU, else the CPU.
         dtype: a torch dtype or its name; default: what `choose_dtype` says of the device.
         quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
+        tower: how the vision tower runs, one of `fast_tower.TOWERS`; default: what `choose_tower` says.
 
     Raises:
         ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
@@ -296,6 +299,7 @@ def load(
     _check_processor_files(source)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
+    chosen = choose_tower(device, dtype, tower)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
@@ -313,6 +317,8 @@ def load(
             f"The checkpoint {os.fspath(source)!r} lacks {len(missing)} of the model's tensors, the first of them "
             f"{missing[0]}: its files are incomplete, or its config.json is another model's."
         )
+    if tower is not None or has_plain_products(model.vision_tower):
+        speed_up(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)
 
 

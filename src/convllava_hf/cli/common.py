@@ -8,6 +8,7 @@ from ..errors import ConvLlavaError
 
 
 DTYPES = ("bfloat16", "float16", "float32")
+TOWERS = ("eager", "fused", "int8", "channels-last", "compiled", "cuda-graphs")
 _TRAINING = ("datasets", "matplotlib", "peft", "trl", "yaml")
 
 
@@ -39,6 +40,11 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("4bit", "8bit"),
         help="load the language model in 4 or 8 bits by bitsandbytes",
     )
+    parser.add_argument(
+        "--tower",
+        choices=TOWERS,
+        help="how the vision tower runs (default: fused on a CPU with bfloat16, else eager)",
+    )
 
 
 def positive_int(text: str) -> int:
@@ -61,7 +67,7 @@ def load_assistant(args: argparse.Namespace):
     errors_alone()
     from ..inference import load
 
-    return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization)
+    return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization, tower=args.tower)
 
 
 def require_training() -> None:
