@@ -44,7 +44,7 @@ def in_words(machine: dict[str, Any]) -> str:
 
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
     """A large matrix product to time, and its floating-point operations."""
-    rows, inner, outer = _PRODUCT.get(device.type, _PRODUCT["cuda"])
+    rows, inner, outer = _PRODUCT["cpu" if device.type == "cpu" else "cuda"]
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(outer, inner, device=device).to(dtype)
     return lambda: torch.nn.functional.linear(left, right), 2.0 * rows * inner * outer
@@ -52,7 +52,7 @@ def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any]
 
 def copying(device: torch.device) -> tuple[Callable[[], Any], float]:
     """A copy to time, and the bytes that it reads and writes."""
-    size = _COPIED.get(device.type, _COPIED["cuda"])
+    size = _COPIED["cpu" if device.type == "cpu" else "cuda"]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2.0 * size
