@@ -101,7 +101,7 @@ def as_markdown(results: dict[str, Any]) -> str:
             ("height x width", size),
             ("prompt", lambda row: f"{row['prompt_tokens']} tokens"),
             ("first token after", lambda row: seconds(row["first_token_seconds"])),
-            ("tokens/s", lambda row: f"{row['tokens_per_second']:.1f}" if row["tokens_per_second"] else ""),
+            ("tokens/s", lambda row: f"{row['tokens_per_second']:.1f}"),
             ("activations", lambda row: gib(row["activations"])),
         ],
     )
