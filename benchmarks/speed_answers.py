@@ -9,7 +9,7 @@ has the shape of Qwen2.5's 0.5B, on a GPU --text 7b. Writes benchmarks/results/s
 
 import sys
 
-from speed_contest import chosen, common, contest, options, publish
+from speed_contest import chosen, common, contest, of_sizes, options, publish
 
 from convllava_hf.bench.report import gib, seconds, table
 
@@ -46,7 +46,7 @@ def main() -> int:
     tasks = {spec["name"]: [{"size": size} for size in sizes.get(spec["name"], default)] for spec in specs}
     text = "tiny" if arguments.tiny else arguments.text
     shared = {**common(arguments), "text": text, "new_tokens": arguments.new_tokens}
-    rows = contest(specs, tasks, arguments.rounds, shared)
+    rows = contest(specs, of_sizes(tasks, arguments), arguments.rounds, shared)
     columns = [
         ("model", lambda row: row["name"]),
         ("height x width", lambda row: " x ".join(map(str, row["task"]["size"]))),

@@ -150,6 +150,43 @@ def ours(spec, device, dtype):
     return answering(model, prepare, spec["new_tokens"])
 
 
+def loaded(spec, device, dtype):
+    """A checkpoint, quantized as `spec["quantization"]` says; its logits for a task go into a file."""
+    import warnings
+    from pathlib import Path
+
+    from convllava_hf import ConvLlavaForConditionalGeneration
+    from convllava_hf.inference import _quantization_config
+
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said in every layer of every step
+    how = {}
+    if spec.get("quantization") == "torchao-8bit":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        how = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    elif "quantization" in spec:
+        how = {"quantization_config": _quantization_config(spec["quantization"], dtype)}
+    model = ConvLlavaForConditionalGeneration.from_pretrained(
+        spec["source"], dtype=dtype, device_map={"": device}, **how
+    ).eval()
+
+    def prepare(task):
+        height, width = task["size"]
+        return prompt(model.config, model.config.num_visual_tokens(height, width), pixels(task["size"], device, dtype))
+
+    do = answering(model, prepare, spec["new_tokens"])
+
+    def do_and_keep(task):
+        name = f"{spec['name']}.pt"
+        with torch.inference_mode():
+            torch.save(model(**prepare(task)).logits.float().cpu(), Path(spec["folder"]) / name)
+        call, facts = do(task)
+        return call, {**facts, "logits": name}
+
+    return do_and_keep
+
+
 def _clip_config(tiny: bool):
     from transformers import CLIPVisionConfig
 
@@ -234,5 +271,6 @@ def qwen2_5_vl(spec, device, dtype):
 
 
 KINDS = {
-    one.__name__: one for one in (ours_tower, convnext, clip, fastvit, ours, llava, llava_next, fast_vlm, qwen2_5_vl)
+    one.__name__: one
+    for one in (ours_tower, convnext, clip, fastvit, ours, llava, llava_next, fast_vlm, qwen2_5_vl, loaded)
 }

@@ -129,6 +129,7 @@ def options(description: str, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="of which medians are taken (%(default)s)")
     parser.add_argument("--contenders", nargs="+", help="only these, by name")
+    parser.add_argument("--sizes", nargs="+", metavar="HEIGHTxWIDTH", help="only these of the pictures' sizes")
     parser.add_argument("--tiny", action="store_true", help="tiny models and pictures: tries the script out, no more")
     parser.add_argument("--device", help="cpu, cuda (default: the best there is)")
     parser.add_argument("--dtype", help="default: bfloat16 where the device has it")
@@ -141,6 +142,14 @@ def chosen(specs: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> li
     if unknown := set(arguments.contenders or []) - set(names):
         sys.exit(f"There is no contender {', '.join(unknown)}: choose of {', '.join(names)}.")
     return [spec for spec in specs if not arguments.contenders or spec["name"] in arguments.contenders]
+
+
+def of_sizes(tasks: dict[str, list[Any]], arguments: argparse.Namespace) -> dict[str, list[Any]]:
+    """Without the sizes that were not asked for."""
+    if not arguments.sizes:
+        return tasks
+    wanted = [[int(side) for side in size.split("x")] for size in arguments.sizes]
+    return {name: [task for task in mine if task["size"] in wanted] for name, mine in tasks.items()}
 
 
 def common(arguments: argparse.Namespace) -> dict[str, Any]:

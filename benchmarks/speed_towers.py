@@ -9,7 +9,7 @@ ViT-L/14 at the same resolutions, at 336 pixels as LLaVA-1.5 has it and with fiv
 
 import sys
 
-from speed_contest import chosen, common, contest, options, publish
+from speed_contest import chosen, common, contest, of_sizes, options, publish
 
 from convllava_hf.bench.report import gib, percent, seconds, table
 
@@ -49,7 +49,7 @@ def main() -> int:
     specs = [*GPU, *SPECS[3:]] if arguments.device == "cuda" else SPECS
     specs = chosen(specs, arguments)
     tasks = {spec["name"]: tasks_of(spec["name"], arguments.tiny) for spec in specs}
-    rows = contest(specs, tasks, arguments.rounds, common(arguments))
+    rows = contest(specs, of_sizes(tasks, arguments), arguments.rounds, common(arguments))
     for row in rows:
         row["share"] = row["operations"] / row["seconds"] / row["rate"]
     columns = [

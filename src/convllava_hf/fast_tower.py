@@ -155,7 +155,7 @@ class FusedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, scale: torch.Tensor | None, gelu: bool):
         super().__init__()
-        weight, bias = _scaled(linear, scale)
+        weight, bias = (linear.weight, linear.bias) if scale is None else _scaled(linear, scale)
         self.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         self.bias = nn.Parameter(bias.to(linear.bias.dtype), requires_grad=False)
         self.operation = "gelu" if gelu else "none"

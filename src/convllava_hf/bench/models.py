@@ -32,7 +32,7 @@ TEXTS = {  # the shapes of Qwen2.5's 0.5B and 1.5B, and of Vicuna's 7B
     "7b": {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096},
     "tiny": {
         "model_type": "llama",
-        "vocab_size": 512,
+        "vocab_size": 4096,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
