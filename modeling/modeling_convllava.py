@@ -370,6 +370,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_sizes: torch.Tensor | None = None,
         cache: Cache | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
         **kwargs,
     ) -> ConvLlavaModelOutputWithPast:
         """
@@ -380,16 +381,20 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             inputs_embeds: (batch, positions, hidden size), instead of `input_ids`.
             image_sizes: height and width in pixels of each picture, (N, 2).
             cache, past_key_values: the newer and the older name of the same thing.
+            image_hidden_states: in place of `pixel_values`, what became of them in an earlier call, or from
+                `get_image_features`: projected visual tokens of all pictures in order, (visual tokens, hidden size).
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a number of placeholders that differs
-                from the number of visual tokens.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, both `pixel_values` and
+                `image_hidden_states`, or a number of placeholders that differs from the number of visual tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and image_hidden_states is not None:
+            raise ValueError("Pass pictures as pixel_values or, encoded before, as image_hidden_states; not as both.")
         # mm_token_type_ids come from processors asked for them; the language model has no use for them.
         kwargs.pop("mm_token_type_ids", None)
-        image_features = blank = None
+        image_features, blank = image_hidden_states, None
         if pixel_values is not None:
             image_features = torch.cat(self.get_image_features(pixel_values, image_sizes).pooler_output)
         elif self.training or _is_sharded(self.vision_tower):
@@ -400,7 +405,7 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
             placeholders = self._placeholders(input_ids, inputs_embeds, len(image_features))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.to(inputs_embeds.device), image_features)
-        elif blank is not None:
+        if blank is not None:
             inputs_embeds = inputs_embeds + blank.to(inputs_embeds.device, inputs_embeds.dtype)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -535,6 +540,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         image_sizes: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
         **kwargs,
     ) -> ConvLlavaCausalLMOutputWithPast:
         """`ConvLlavaModel.forward` and the language model's head.
@@ -551,6 +557,7 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             **_named_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             image_sizes=image_sizes,
+            image_hidden_states=image_hidden_states,
             **{**kwargs, "return_dict": True},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -577,14 +584,23 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        ids, pixel_values = inputs.get("input_ids"), inputs.get("pixel_values")
-        if ids is not None and pixel_values is not None:
+        ids = inputs.get("input_ids")
+        tokens = self._given_visual_tokens(inputs)
+        if ids is not None and tokens is not None:
             places = int((ids == self.config.image_token_id).sum())
             # transformers 4 hands pictures on in every step, also to guessed tokens that repeat a placeholder.
             goes_on = (cache_position := kwargs.get("cache_position")) is not None and cache_position[0] != 0
-            if not places or (goes_on and places != sum(self._visual_tokens(pixel_values, inputs.get("image_sizes")))):
-                inputs.update(pixel_values=None, image_sizes=None)
+            if not places or (goes_on and places != tokens):
+                inputs.update(pixel_values=None, image_sizes=None, image_hidden_states=None)
         return inputs
+
+    def _given_visual_tokens(self, inputs: dict) -> int | None:
+        """How many visual tokens the pictures among a step's inputs have; `None` without any."""
+        if (encoded := inputs.get("image_hidden_states")) is not None:
+            return len(encoded)
+        if (pixel_values := inputs.get("pixel_values")) is not None:
+            return sum(self._visual_tokens(pixel_values, inputs.get("image_sizes")))
+        return None
 
     def _visual_tokens(self, pixel_values: torch.Tensor, image_sizes) -> list[int]:
         """How many visual tokens each picture has."""
@@ -598,9 +614,10 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         `pixel_values` has a row for each picture, not for each prompt, so repeating its rows one by one would hand
         prompts with several pictures, or with none, those of their neighbours.
         """
-        pictures = {key: model_kwargs.pop(key, None) for key in ("pixel_values", "image_sizes")}
-        if expand_size > 1 and pictures["pixel_values"] is not None:
-            counts = self._pictures_per_prompt(input_ids, pictures, model_kwargs.get("inputs_embeds"))
+        names = ("pixel_values", "image_sizes", "image_hidden_states")
+        pictures = {key: model_kwargs.pop(key, None) for key in names}
+        if expand_size > 1 and (pictures["pixel_values"] is not None or pictures["image_hidden_states"] is not None):
+            counts = self._rows_per_prompt(input_ids, pictures, model_kwargs.get("inputs_embeds"))
             for key, rows in pictures.items():
                 if rows is not None:
                     groups = torch.as_tensor(rows).split(counts)
@@ -611,13 +628,19 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         model_kwargs.update({key: rows for key, rows in pictures.items() if rows is not None})
         return input_ids, model_kwargs
 
-    def _pictures_per_prompt(self, input_ids, pictures: dict, inputs_embeds) -> list[int]:
-        """How many of the pictures, in order, belong to each prompt, from the visual tokens that each has room for."""
-        tokens = self._visual_tokens(**pictures)
+    def _rows_per_prompt(self, input_ids, pictures: dict, inputs_embeds) -> list[int]:
+        """How many rows of the pictures' tensors, in order, belong to each prompt, by the visual tokens that it has
+        room for: one a picture in `pixel_values`, one a visual token in `image_hidden_states`."""
         by_ids = inputs_embeds is None or inputs_embeds.shape[1] == 0
-        placeholders = self.model._placeholders(input_ids if by_ids else None, inputs_embeds, sum(tokens))
+        placeholders = self.model._placeholders(
+            input_ids if by_ids else None, inputs_embeds, self._given_visual_tokens(pictures)
+        )
+        rooms = placeholders.sum(dim=(1, 2)).tolist()
+        if pictures["pixel_values"] is None:
+            return rooms
+        tokens = self._visual_tokens(pictures["pixel_values"], pictures["image_sizes"])
         counts = []
-        for room in placeholders.sum(dim=(1, 2)).tolist():
+        for room in rooms:
             counts.append(0)
             while room > 0:
                 room -= tokens.pop(0)

@@ -52,7 +52,7 @@ class ScriptedModel:
         script = _Script(tokens, input_ids.shape[1], self.seconds_a_token)
         with self._counting():
             output = self.model.generate(input_ids, logits_processor=LogitsProcessorList([script]), **kwargs)
-        self.generated = output.shape[1] - input_ids.shape[1]
+        self.generated = output.sequences.shape[1] - input_ids.shape[1]
         return output
 
     @contextlib.contextmanager

@@ -86,6 +86,18 @@ def test_follow_ups_have_the_picture_and_what_was_said(tmp_path, picture):
     assert prompt.index("<image>") < prompt.index("First?") < prompt.index(PLAIN) < prompt.index("Second?")
 
 
+def test_follow_ups_do_not_encode_the_picture_again(tmp_path, picture):
+    talker = make_talker(tmp_path)
+    seen = []
+    talker.assistant.model.vision_tower.register_forward_hook(lambda *args: seen.append(1))
+    conversation = Conversation()
+    for question in ("First?", "Second?", "Third?"):
+        conversation = ask(talker, conversation, picture, question)[-1].conversation
+    other = ask(talker, Conversation(), picture, "Of another visitor?")[-1].conversation
+    assert len(conversation.turns) == 3 and len(other.turns) == 1
+    assert len(seen) == 1
+
+
 def test_another_picture_begins_another_conversation(tmp_path, picture):
     talker = make_talker(tmp_path)
     conversation = ask(talker, Conversation(), picture, "First?")[-1].conversation

@@ -197,6 +197,25 @@ def test_pixels_go_in_with_the_prompt_alone(model, inputs, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_pictures_encoded_before_answer_alike(model, inputs, options, monkeypatch):
+    expected = answer(model, inputs, **options)
+    with torch.no_grad():
+        encoded = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+    monkeypatch.setattr(model.model.vision_tower, "forward", None)  # it must not be called any more
+    rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(answer(model, {**rest, "image_hidden_states": torch.cat(encoded)}, **options), expected)
+
+
+def test_pictures_encoded_before_are_for_their_prompts_alone(model, processor, inputs):
+    encoded = torch.zeros(3, 32)
+    rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="but the pictures have 3 visual tokens"):
+        answer(model, {**rest, "image_hidden_states": encoded})
+    with pytest.raises(ValueError, match="not as both"):
+        answer(model, {**inputs, "image_hidden_states": encoded})
+
+
 @pytest.mark.parametrize("text", ["qwen2", "qwen3", "mistral", "gemma2"])
 def test_other_language_models(text):
     processor = make_processor()

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from .errors import ConvLlavaError, first_line
+from .fast_tower import choose_tower, has_plain_products, speed_up
+from .memory import Glance, Memory
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
@@ -43,7 +45,8 @@ class Answer:
     """What the model said, and what it took.
 
     `text`: the answer without special tokens. `token_ids`: the generated ids, special tokens included.
-    `visual_tokens` are counted in `prompt_tokens`. `first_token_seconds` and `seconds` count from the call, so they
+    `visual_tokens` are counted in `prompt_tokens`, and so are `reused_tokens`, whose keys and values an earlier turn
+    had left (see `Assistant.remembering`). `first_token_seconds` and `seconds` count from the call, so they
     hold the work on the pictures and the prompt, and not the loading of the model.
     """
 
@@ -53,6 +56,7 @@ class Answer:
     visual_tokens: int
     first_token_seconds: float
     seconds: float
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,15 @@ class Assistant:
 
     model: ConvLlavaForConditionalGeneration
     processor: ConvLlavaProcessor
+    memory: Memory | None = None
+
+    def remembering(self) -> "Assistant":
+        """The same assistant, which encodes no picture twice and reads on where a conversation's last turn ended.
+
+        It gives the answers that it would give without. It keeps memory of its device between calls, and takes one
+        call at a time.
+        """
+        return replace(self, memory=Memory())
 
     @property
     def device(self) -> torch.device:
@@ -97,26 +110,33 @@ class Assistant:
             ConvLlavaError: the conversation leaves no room for an answer in the model's context.
         """
         start = time.perf_counter()
-        inputs = self._inputs(messages, images_kwargs or {})
+        glance = None if self.memory is None else Glance(self.memory, self.processor)
+        processor = self.processor if glance is None else glance.processor
+        inputs = self._inputs(processor, messages, images_kwargs or {})
         prompt_tokens = inputs["input_ids"].shape[1]
         room = self._room_for_answer(prompt_tokens)
         stream = _AnswerStream(self.processor.tokenizer, on_text)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else _GREEDY
         try:
             output = self.model.generate(
-                **inputs,
+                **(inputs if glance is None else glance.left_to_compute(self.model, inputs)),
                 **sampling,
                 num_beams=1,
                 max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
                 streamer=stream,
+                return_dict_in_generate=True,
                 stopping_criteria=StoppingCriteriaList([] if should_stop is None else [_Stop(should_stop)]),
             )
         except torch.OutOfMemoryError as error:
+            if self.memory is not None:
+                self.memory.forget()
             raise ConvLlavaError(
                 f"The memory of {self.device} does not hold this conversation of {prompt_tokens} tokens beside the "
                 f"model in {self.dtype}. Load the model in 4 bits, or ask about fewer pictures. {first_line(error)}"
             ) from error
-        token_ids = output[0, prompt_tokens:].tolist()
+        if glance is not None:
+            glance.keep(output)
+        token_ids = output.sequences[0, prompt_tokens:].tolist()
         return Answer(
             text=stream.text,
             token_ids=token_ids,
@@ -124,13 +144,14 @@ class Assistant:
             visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
             first_token_seconds=stream.first_token_time - start,
             seconds=time.perf_counter() - start,
+            reused_tokens=0 if glance is None else glance.reused,
         )
 
-    def _inputs(self, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
+    def _inputs(self, processor: ConvLlavaProcessor, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
         of_processor = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
         if _PROCESSOR_KWARGS:
             of_processor = {"processor_kwargs": of_processor}
-        inputs = self.processor.apply_chat_template(
+        inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **of_processor
         )
         return inputs.to(self.device, self.dtype)
@@ -259,6 +280,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
+    tower: str | None = None,
 ) -> Assistant:
     """Load a ConvLLaVA checkpoint for inference.
 
@@ -267,6 +289,7 @@ def load(
         device: default: CUDA, else Apple's GPU, else the CPU.
         dtype: a torch dtype or its name; default: what `choose_dtype` says of the device.
         quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
+        tower: how the vision tower runs, one of `fast_tower.TOWERS`; default: what `choose_tower` says.
 
     Raises:
         ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
@@ -276,6 +299,7 @@ def load(
     _check_processor_files(source)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
+    chosen = choose_tower(device, dtype, tower)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
@@ -293,6 +317,8 @@ def load(
             f"The checkpoint {os.fspath(source)!r} lacks {len(missing)} of the model's tensors, the first of them "
             f"{missing[0]}: its files are incomplete, or its config.json is another model's."
         )
+    if tower is not None or has_plain_products(model.vision_tower):
+        speed_up(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)
 
 

@@ -12,10 +12,10 @@ from importlib.metadata import version
 
 from ..errors import ConvLlavaError
 from ..noise import quiet_imports
-from . import ask, assemble, chat, convert, data, demo, push, quickstart, train
+from . import ask, assemble, bench, chat, convert, data, demo, push, quickstart, train
 
 
-COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, push)
+COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, push, bench)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="convllava",
-        description="Convert, assemble, ask, train and publish ConvLLaVA models through transformers.",
+        description="Convert, assemble, ask, train, publish and measure ConvLLaVA models through transformers.",
     )
     parser.add_argument("--version", action="version", version=f"convllava {version('convllava-hf')}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)

@@ -49,7 +49,7 @@ class Chat:
     """The conversation so far, and the pictures that wait for the next question."""
 
     def __init__(self, assistant, args: argparse.Namespace, pictures: list):
-        self.assistant = assistant
+        self.assistant = assistant.remembering()
         self.args = args
         self.pictures = pictures
         self.messages = []

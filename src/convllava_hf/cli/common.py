@@ -10,6 +10,7 @@ from ..errors import ConvLlavaError
 DTYPES = ("bfloat16", "float16", "float32")
 ASPECT_RATIOS = ("pad", "native", "shortest_edge")
 PRESETS = ("tiny", "small", "base", "large", "full")
+TOWERS = ("eager", "fused", "int8", "channels-last", "compiled", "cuda-graphs")
 _TRAINING = ("datasets", "matplotlib", "peft", "trl", "yaml")
 
 
@@ -40,6 +41,11 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         choices=("4bit", "8bit"),
         help="load the language model in 4 or 8 bits by bitsandbytes",
+    )
+    parser.add_argument(
+        "--tower",
+        choices=TOWERS,
+        help="how the vision tower runs (default: fused on a CPU with bfloat16, else eager)",
     )
 
 
@@ -93,7 +99,7 @@ def load_assistant(args: argparse.Namespace):
     errors_alone()
     from ..inference import load
 
-    return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization)
+    return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization, tower=args.tower)
 
 
 def require_training() -> None:

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        tower=args.tower,
         open_browser=args.open,
         on_ready=lambda url: print(f"The page of {args.model}: {url}\nCtrl-C ends it.", flush=True),
     )

@@ -43,6 +43,7 @@ def serve(
     device: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
+    tower: str | None = None,
     open_browser: bool = False,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -59,7 +60,7 @@ def serve(
     """
     require_gradio()
     check_checkpoint(model)
-    assistant = load(model, device=device, dtype=dtype, quantization=quantization)
+    assistant = load(model, device=device, dtype=dtype, quantization=quantization, tower=tower)
     name = Path(model).name if os.path.isdir(model) else model
     limits = limits or Limits()
     options = {"limits": limits, "max_new_tokens": max_new_tokens, "temperature": temperature, "system": system}

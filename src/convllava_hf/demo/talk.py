@@ -81,7 +81,7 @@ class Talker:
     """
 
     def __init__(self, assistant: Assistant, folder: Path, limits: Limits, system: str | None = None):
-        self.assistant = assistant
+        self.assistant = assistant.remembering()  # one for all visitors: their pictures are few, and turns alternate
         self.folder = folder
         self.limits = limits
         self.system = system

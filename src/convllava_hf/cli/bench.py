@@ -1,0 +1,94 @@
+"""`convllava bench`: how fast a model is on this machine."""
+
+import argparse
+
+from .common import DTYPES, TOWERS, positive_int, quiet_unless_watched
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure how fast a model is on this machine",
+        description="Measure a model on this machine: its vision tower beside the machine's rate of matrix products, "
+        "the time to the first token and tokens a second, and preprocessing. Prints tables in Markdown.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="folder of a converted checkpoint, or its id on the Hub (default: random weights of the paper's shape)",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size,
+        metavar="HEIGHTxWIDTH",
+        default=[(768, 768), (1536, 1088), (1536, 1536)],
+        help="pixels that the tower sees, multiples of its stride (default: 768x768 1536x1088 1536x1536)",
+    )
+    parser.add_argument(
+        "--tower",
+        nargs="+",
+        choices=TOWERS,
+        help="ways to run the tower, to be compared (default: fused on a CPU with bfloat16, else eager)",
+    )
+    parser.add_argument(
+        "--text",
+        choices=("0.5b", "1.5b", "7b", "tiny"),
+        default="0.5b",
+        help="size of the language model of random weights; tiny makes the tower small, too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="pictures in a call of the tower (default: 1)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=positive_int, default=16, metavar="N", help="of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="of which medians are taken (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as in `convllava ask`")
+    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="of a checkpoint's language model")
+    parser.add_argument("--output", metavar="FILE", help="also write all figures as JSON")
+    parser.set_defaults(run=run)
+
+
+def size(text: str) -> tuple[int, int]:
+    height, x, width = text.partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is no size, such as 1536x1088 (height x width)")
+    return int(height), int(width)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..bench.report import write_json
+    from ..bench.running import as_markdown, bench
+    from ..errors import ConvLlavaError
+
+    quiet_unless_watched()
+    if args.quantization and not args.model:
+        raise ConvLlavaError("--quantization is of a checkpoint's language model: name a checkpoint.")
+    try:
+        results = bench(
+            args.model,
+            sizes=args.sizes,
+            towers=args.tower,
+            text=args.text,
+            new_tokens=args.new_tokens,
+            repeats=args.repeats,
+            batch=args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            quantization=args.quantization,
+        )
+    except ValueError as error:  # a size that the tower cannot take
+        raise ConvLlavaError(str(error)) from error
+    print(as_markdown(results))
+    if args.output:
+        write_json(args.output, results)
+    return 0
