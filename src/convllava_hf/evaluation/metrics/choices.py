@@ -52,7 +52,7 @@ def parse_choice(prediction: str, choices: Sequence[str]) -> int | None:
     mentions = _mentions(text, choices)
     rest = _without(text, [span for index, spans in mentions.items() if len(choices[index]) > 1 for span in spans])
     for pattern in (_LETTER_NAMED, _LETTER_ANYWHERE):
-        letters = {m[1] for m in pattern.finditer(rest) if m[1].isupper() and not _ARTICLE.match(rest, m.start(1))}
+        letters = {m[1] for m in pattern.finditer(rest) if m[1].isupper() and not _ARTICLE.match(text, m.start(1))}
         if indices := {_index(letter, len(choices)) for letter in letters} - {None}:
             return indices.pop() if len(indices) == 1 else None
     return next(iter(mentions)) if len(mentions) == 1 else None
