@@ -92,10 +92,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     import json
     import logging
 
-    from accelerate import PartialState
-
     from ..evaluation.benchmarks import find_benchmark
-    from ..evaluation.runner import Model, Settings, evaluate
+    from ..evaluation.runner import Model, Settings, evaluate, join_processes
     from ..inference import check_checkpoint, choose_device, choose_dtype
     from ..modeling.processing_convllava import ConvLlavaProcessor
 
@@ -108,7 +106,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _be_quiet()
     check_checkpoint(args.model)
-    state = PartialState(**_waiting())
+    state = join_processes(args.device)
     if args.device is None and state.num_processes > 1:
         args.device = str(state.device)
     device = choose_device(args.device)
@@ -136,14 +134,6 @@ def _evaluate(args: argparse.Namespace) -> int:
 
             print(f"Report: {write_report(args.output)}", file=sys.stderr)
     return 0
-
-
-def _waiting() -> dict:
-    """How long processes wait for each other: whoever is done first waits for the slowest one's last batches."""
-    import os
-    from datetime import timedelta
-
-    return {"timeout": timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
 
 
 def _be_quiet() -> None:

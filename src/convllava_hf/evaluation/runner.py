@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 from transformers.utils import cached_file
 
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 _LOGGED = 5  # failures that are named while a run is on
 _BOUNDS = ("min_pixels", "max_pixels")
+_PATIENCE = timedelta(hours=12)
 _AHEAD = 2  # batches that are made ready while another is asked
 
 
@@ -97,6 +100,27 @@ class Model:
     load: Callable[[], Assistant]
     dtype: torch.dtype
     quantization: str | None = None
+
+
+def join_processes(device: str | None = None) -> PartialState:
+    """Joins the processes that a launcher has started; to be called once, before anything is asked.
+
+    Args:
+        device: `"cpu"` where GPUs are to be left alone.
+
+    Raises:
+        ConvLlavaError: there are several, and they do not find together: each would ask everything.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    # Whoever is done first waits for the slowest one's last batches.
+    state = PartialState(cpu=cpu, **({"timeout": _PATIENCE} if started > 1 else {}))
+    if state.num_processes != started:
+        raise ConvLlavaError(
+            f"{started} processes were started, and {state.num_processes} of them found together. Start them by "
+            "`accelerate launch -m convllava_hf eval` or torchrun; on CPUs with ACCELERATE_USE_CPU=true."
+        )
+    return state
 
 
 def evaluate(
