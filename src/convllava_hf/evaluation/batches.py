@@ -1,7 +1,7 @@
 """Many conversations at once: their answers, and how likely given answers are."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..inference import Assistant
 
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
-_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+# Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
+_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,17 @@ def answer_batch(
     conversations: Sequence[list[dict[str, Any]]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    num_beams: int = 1,
-    images_kwargs: dict[str, Any] | None = None,
+    images_kwargs: Mapping[str, Any] | None = None,
+    **sampling: Any,
 ) -> list[list[int]]:
-    """Continue every conversation by one answer; greedily by default.
+    """Continue every conversation by one answer, the likeliest token each time unless `sampling` says otherwise.
 
     Args:
         conversations: as chat templates take them; best of like length, for they are padded on the left to the
             longest one.
         max_new_tokens: an answer ends there, or where the model's context does, if the model has not ended it before.
-        temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
+        images_kwargs: of `ConvLlavaImageProcessor`: `{"size": 768}`, say.
+        **sampling: of `generate`: `do_sample`, `temperature`, `num_beams`, ...
 
     Returns:
         The answers' token ids in the order of the conversations, up to the token that ends a turn.
@@ -64,16 +64,13 @@ def answer_batch(
     length = inputs["input_ids"].shape[1]
     room = _room(assistant, length)
     if room is not None and room < max_new_tokens and len(conversations) > 1:
-        # The longest one would cut the others' answers.
-        options = {"temperature": temperature, "top_p": top_p, "num_beams": num_beams, "images_kwargs": images_kwargs}
-        options["max_new_tokens"] = max_new_tokens
+        # Alone, the shorter ones have more room than beside the longest one.
+        options = {"max_new_tokens": max_new_tokens, "images_kwargs": images_kwargs, **sampling}
         return [answer_batch(assistant, [one], **options)[0] for one in conversations]
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else _GREEDY
     try:
         output = assistant.model.generate(
             **inputs,
-            **sampling,
-            num_beams=num_beams,
+            **{**_GREEDY, **sampling},
             max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
         )
     except torch.OutOfMemoryError as error:
@@ -86,13 +83,20 @@ def answer_batch(
     return [_up_to_end(row, ends) for row in output[:, length:].tolist()]
 
 
+def decode_answers(assistant: Assistant, token_ids: Sequence[list[int]]) -> list[str]:
+    """Answers as texts, without special tokens and the blanks around them."""
+    tokenizer = assistant.processor.tokenizer
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode(ids, **options).strip() for ids in token_ids]
+
+
 @torch.inference_mode()
 def likelihoods(
     assistant: Assistant,
     conversations: Sequence[list[dict[str, Any]]],
     answers: Sequence[str],
     *,
-    images_kwargs: dict[str, Any] | None = None,
+    images_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Likelihood]:
     """How likely each answer is after its conversation, as the chat template writes it with what ends a turn.
 
@@ -116,7 +120,7 @@ def likelihoods(
     ]
 
 
-def _inputs(assistant: Assistant, conversations, images_kwargs: dict[str, Any] | None, **template: Any):
+def _inputs(assistant: Assistant, conversations, images_kwargs: Mapping[str, Any] | None, **template: Any):
     of_processor: dict[str, Any] = {"padding": True}
     if images_kwargs:
         of_processor["images_kwargs"] = dict(images_kwargs)

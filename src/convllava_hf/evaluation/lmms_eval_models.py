@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ..errors import ConvLlavaError
 from ..inference import load, user_turn
 from ..modeling.processing_convllava import IMAGE_TOKEN
-from .batches import answer_batch, likelihoods
+from .batches import answer_batch, decode_answers, likelihoods
 
 
 _MAX_NEW_TOKENS = 1024  # of tasks that do not say: as lmms-eval's own LLaVA has it
-_GENERATION = ("max_new_tokens", "temperature", "top_p", "num_beams")
-# What tasks say for other models, or what follows from the temperature.
-_IGNORED = ("do_sample", "image_aspect_ratio", "until")
+_SAMPLING = ("temperature", "top_p", "top_k")
+_GENERATION = ("max_new_tokens", "num_beams", "repetition_penalty", *_SAMPLING)
+_OTHER = ("do_sample", "until", "image_aspect_ratio")  # the last one is LLaVA's own
 
 Conversation = list[dict[str, Any]]
 
@@ -72,15 +72,12 @@ class _ConvLlava(lmms):
         self._assistant = load(
             pretrained, device=device, dtype=None if dtype == "auto" else dtype, quantization=quantization
         )
+        self._device = self._assistant.device
         self._images_kwargs = {} if resolution is None else {"size": int(resolution)}
 
     @property
     def device(self) -> torch.device:
-        return self._assistant.device
-
-    @property
-    def model(self):
-        return self._assistant.model
+        return self._device
 
     def clean(self) -> None:
         """Frees the model's memory: lmms-eval calls it before it scores, perhaps with another model as the judge."""
@@ -96,7 +93,6 @@ class _ConvLlava(lmms):
             for indices, answers in self._answers(conversations, [talk.options for talk in talks]):
                 for index, answer in zip(indices, answers, strict=True):
                     results[index] = answer
-                    self.cache_hook.add_partial("generate_until", requests[index].args, answer.text)
                 bar.update(len(indices))
         return results
 
@@ -131,7 +127,6 @@ class _ConvLlava(lmms):
                 found = likelihoods(self._assistant, conversations, answers, images_kwargs=self._images_kwargs)
                 for index, one in zip(indices, found, strict=True):
                     results[index] = (one.loss, one.greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[index].args, results[index])
                 bar.update(len(indices))
         return results
 
@@ -162,11 +157,11 @@ class _ConvLlava(lmms):
                     images_kwargs=self._images_kwargs,
                     **{name: value for name, value in given.items() if name != "until"},
                 )
-                texts = self._assistant.processor.batch_decode(ids, skip_special_tokens=True)
+                texts = decode_answers(self._assistant, ids)
                 yield (
                     indices,
                     [
-                        GenerationResult(_cut(text, given["until"]).strip(), TokenCounts(output_tokens=len(row)))
+                        GenerationResult(_cut(text, given["until"]), TokenCounts(output_tokens=len(row)))
                         for text, row in zip(texts, ids, strict=True)
                     ],
                 )
@@ -232,15 +227,18 @@ class ConvLlavaSimple(_ConvLlava):
 
 def _options(gen_kwargs: dict[str, Any], task: str) -> dict[str, Any]:
     """A task's `generation_kwargs` as `answer_batch` takes them, and `until`: texts at which an answer ends."""
-    if unknown := sorted(set(gen_kwargs) - {*_GENERATION, *_IGNORED}):
+    if unknown := sorted(set(gen_kwargs) - {*_GENERATION, *_OTHER}):
         raise ConvLlavaError(
-            f"The task {task!r} asks to generate with {', '.join(unknown)}; known are {', '.join(_GENERATION)}, until "
-            "and do_sample. Set others by --gen_kwargs."
+            f"The task {task!r} asks to generate with {', '.join(unknown)}; known are "
+            f"{', '.join((*_GENERATION, *_OTHER))}."
         )
     options = {name: gen_kwargs[name] for name in _GENERATION if gen_kwargs.get(name) is not None}
     options.setdefault("max_new_tokens", _MAX_NEW_TOKENS)
-    if gen_kwargs.get("do_sample") is False:
-        options["temperature"] = 0.0
+    # Tasks say `temperature: 0` for the likeliest token, which `generate` refuses, with or without `do_sample`.
+    if options.get("temperature", 1.0) == 0 or not gen_kwargs.get("do_sample", "temperature" in options):
+        options = {name: value for name, value in options.items() if name not in _SAMPLING}
+    else:
+        options["do_sample"] = True
     until = gen_kwargs.get("until") or []
     return {**options, "until": [until] if isinstance(until, str) else list(until)}
 
@@ -297,4 +295,4 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:
 def _cut(text: str, until: Sequence[str]) -> str:
     for end in filter(None, until):
         text = text.split(end)[0]
-    return text
+    return text.strip()
