@@ -112,21 +112,22 @@ class _ConvLlava(lmms):
             number += 1
         return [talk.answers for talk in talks]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """The loss of each request's answer, and whether it is the greedy one.
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The loss of each request's answer, and whether it is the greedy one, as `text` of a result.
 
         The loss, not the logarithm of the probability, for lmms-eval takes the option with the smallest number. It is
-        the mean over the answer's tokens, as with lmms-eval's other models.
+        the mean over the answer's tokens, as with lmms-eval's other models. lmms-eval 0.7.3 makes a string of the
+        bare pair that its interface asks for, and then cannot score it; of a result it takes what is in it.
         """
         asked = [self._asked(request) for request in requests]
-        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        results: list[GenerationResult | None] = [None] * len(requests)
         order = sorted(range(len(asked)), key=lambda index: -_length(asked[index][0]) - len(asked[index][1]))
         with self._progress(len(requests), "ConvLLaVA weighs answers") as bar:
             for indices in _chunks(order, self.batch_size):
                 conversations, answers = zip(*(asked[index] for index in indices), strict=True)
                 found = likelihoods(self._assistant, conversations, answers, images_kwargs=self._images_kwargs)
                 for index, one in zip(indices, found, strict=True):
-                    results[index] = (one.loss, one.greedy)
+                    results[index] = GenerationResult((one.loss, one.greedy))
                 bar.update(len(indices))
         return results
 
