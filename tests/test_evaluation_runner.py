@@ -117,10 +117,11 @@ def test_likelihoods_are_those_of_whole_conversations(run, assistant, tmp_path):
                 [*question, answer], tokenize=True, return_dict=True, return_tensors="pt"
             )
             prompt = prompt_inputs(processor, [question])["input_ids"].shape[1]
-            ids = inputs["input_ids"][0, :-1]  # without the end of the answer
-            assert inputs["input_ids"][0, -1] == processor.tokenizer.eos_token_id
+            ids = inputs["input_ids"][0]
+            assert ids[-1] == processor.tokenizer.eos_token_id
             logits = assistant.model(**inputs).logits[0].log_softmax(-1)
-            expected.append(sum(float(logits[place - 1, ids[place]]) for place in range(prompt, len(ids))))
+            places = range(prompt, len(ids))
+            expected.append(sum(float(logits[place - 1, ids[place]]) for place in places) / len(places))
         found = rows[str(index)]
         assert found["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
         best = max(range(3), key=expected.__getitem__)
@@ -143,11 +144,8 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_tokenized_by_itself():
     class Merging:
         """Knows `: yes` as one token."""
 
-        eos_token = "</s>"
-
         def __call__(self, text, add_special_tokens):
-            ids = [1000 if part == ": yes" else ord(part) for part in text.replace(": yes", "\0").split("\0")[:0]]
-            rest = text
+            ids, rest = [], text
             while rest:
                 if rest.startswith(": yes"):
                     ids, rest = [*ids, 1000], rest[5:]
@@ -155,8 +153,8 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_tokenized_by_itself():
                     ids, rest = [*ids, ord(rest[0])], rest[1:]
             return {"input_ids": ids}
 
-    assert continuation_ids(Merging(), "Q:", "Q: yes</s>") == [ord(character) for character in " yes"]
-    assert continuation_ids(Merging(), "Q:", "Q: no</s>") == [ord(character) for character in " no"]
+    assert continuation_ids(Merging(), "Q:", "Q: yes") == [ord(character) for character in " yes"]
+    assert continuation_ids(Merging(), "Q:", "Q: no") == [ord(character) for character in " no"]
 
 
 # --- what is right

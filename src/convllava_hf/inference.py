@@ -149,12 +149,16 @@ class Assistant:
 
 
 def prompt_inputs(
-    processor: ConvLlavaProcessor, conversations: list[list[dict[str, Any]]], images_kwargs: Mapping[str, Any] = _NONE
+    processor: ConvLlavaProcessor,
+    conversations: list[list[dict[str, Any]]],
+    images_kwargs: Mapping[str, Any] = _NONE,
+    add_generation_prompt: bool = True,
 ):
-    """The model's inputs for a batch of conversations that are to be answered, padded on the left.
+    """The model's inputs for a batch of conversations, padded on the left.
 
     Args:
         images_kwargs: of `ConvLlavaImageProcessor`, for this call.
+        add_generation_prompt: whether the conversations are to be answered.
 
     Raises:
         ValueError, OSError: a picture cannot be decoded, or the numbers of pictures and their places differ.
@@ -165,7 +169,12 @@ def prompt_inputs(
     if _PROCESSOR_KWARGS:
         of_processor = {"processor_kwargs": of_processor}
     return processor.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **of_processor
+        conversations,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **of_processor,
     )
 
 

@@ -37,7 +37,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one question. `log_likelihoods`: one for each option, in nats, where these were asked for."""
+    """What came of one question. `log_likelihoods`: of each option, in nats a token, where these were asked for."""
 
     text: str
     prompt_tokens: int
@@ -188,14 +188,13 @@ def user_question(text: str, picture) -> dict[str, Any]:
 
 
 def continuation_ids(tokenizer, prompt: str, text: str) -> list[int]:
-    """The tokens by which a conversation goes on after its prompt, without the token that ends an answer."""
+    """The tokens by which a conversation goes on after its prompt, with what ends a turn."""
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    after = tokenizer(text.removesuffix(tokenizer.eos_token or ""), add_special_tokens=False)["input_ids"]
+    after = tokenizer(text, add_special_tokens=False)["input_ids"]
     if after[: len(before)] == before and len(after) > len(before):
         return after[len(before) :]
     # A token spans the prompt's end and the answer's beginning; the answer is then tokenized by itself.
-    alone = text[len(prompt) :].removesuffix(tokenizer.eos_token or "")
-    return tokenizer(alone, add_special_tokens=False)["input_ids"]
+    return tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
 
 
 @torch.inference_mode()
@@ -215,7 +214,7 @@ def generate(model, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> 
 def option_log_likelihoods(
     model, inputs: Mapping[str, torch.Tensor], options: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
-    """The log-likelihood in nats of each option as the beginning of the answer: a sum over the option's tokens.
+    """The log-likelihood in nats of each option as the answer: the mean over its tokens, by which lmms-eval chooses.
 
     Prompts and pictures pass the model once, whatever the number of options.
 
@@ -245,7 +244,7 @@ def option_log_likelihoods(
         table = torch.cat(scores, dim=1).tolist()  # (batch, longest)
         for index, row in enumerate(options):
             if number < len(row):
-                found[index].append(sum(table[index][: len(row[number])]))
+                found[index].append(sum(table[index][: len(row[number])]) / len(row[number]))
     return found
 
 
