@@ -302,17 +302,15 @@ def load(
         ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
             quantization asked for is not there.
     """
-    check_checkpoint(source)
-    _check_processor_files(source)
+    processor = load_processor(source)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
     try:
-        processor = ConvLlavaProcessor.from_pretrained(source)
         model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: the tokenizer's files are broken or missing
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(
@@ -324,6 +322,20 @@ def load(
             f"{missing[0]}: its files are incomplete, or its config.json is another model's."
         )
     return Assistant(model.eval(), processor)
+
+
+def load_processor(source: str | os.PathLike) -> ConvLlavaProcessor:
+    """The processor of a checkpoint, which takes no weights to be read.
+
+    Raises:
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint, or the processor's files are missing or broken.
+    """
+    check_checkpoint(source)
+    _check_processor_files(source)
+    try:
+        return ConvLlavaProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
+        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
 
 
 def check_checkpoint(source: str | os.PathLike) -> None:

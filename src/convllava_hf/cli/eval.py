@@ -94,8 +94,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from ..evaluation.benchmarks import find_benchmark
     from ..evaluation.runner import Model, Settings, evaluate, join_processes
-    from ..inference import check_checkpoint, choose_device, choose_dtype
-    from ..modeling.processing_convllava import ConvLlavaProcessor
+    from ..inference import choose_device, choose_dtype, load_processor
 
     benchmarks = [find_benchmark(name) for name in args.benchmark.split(",") if name.strip()]
     data = _data_of_each(args.data, [benchmark.name for benchmark in benchmarks])
@@ -105,14 +104,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     )  # fmt: skip
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _be_quiet()
-    check_checkpoint(args.model)
+    processor = load_processor(args.model)
     state = join_processes(args.device)
     if args.device is None and state.num_processes > 1:
         args.device = str(state.device)
     device = choose_device(args.device)
     dtype = choose_dtype(device, args.dtype)
     model = Model(args.model, functools.cache(lambda: load_assistant(args)), dtype, args.quantization)
-    processor = ConvLlavaProcessor.from_pretrained(args.model)
     records = []
     for benchmark, path in zip(benchmarks, data, strict=True):
         folder, record, source = evaluate(

@@ -247,11 +247,12 @@ def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: 
     state = PartialState()
     done = read_rows(folder, parts=False)  # all processes must see the same ones, and others write already
     rest = [sample for name, sample in plan.samples.items() if name not in done]
+    told = 0
     with Journal(folder, state.process_index) as journal:
         if state.is_main_process:
             lost = {name: failure for name, failure in plan.failures.items() if name not in done}
             journal.append(failure_row(name, failure) for name, failure in lost.items())
-            _tell(source, lost)
+            told = _tell(source, lost, told)
         if not rest:
             return
         asker = Asker(
@@ -267,7 +268,8 @@ def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: 
         with bar:
             for rows in answered(asker, share):
                 journal.append(rows)
-                _tell(source, {row["id"]: Failure(**row["failure"]) for row in rows if "failure" in row})
+                lost = {row["id"]: Failure(**row["failure"]) for row in rows if "failure" in row}
+                told = _tell(source, lost, told)
                 bar.update(rows)
 
 
@@ -374,9 +376,12 @@ def _judged(asker: Asker, sample: Sample, seen, reply: Reply) -> dict[str, Any]:
     }
 
 
-def _tell(source: Source, failures: dict[str, Failure]) -> None:
-    for name, failure in islice(failures.items(), _LOGGED):
+def _tell(source: Source, failures: dict[str, Failure], told: int) -> int:
+    """Logs failures, the first few of a process, and returns how many were logged."""
+    for name, failure in islice(failures.items(), max(0, _LOGGED - told)):
         logger.warning("%s, sample %s failed (%s): %s", source.benchmark.title, name, failure.kind, failure.message)
+        told += 1
+    return told
 
 
 def _example(processor: ConvLlavaProcessor, plan: Plan, likelihood: bool) -> str | None:
