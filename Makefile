@@ -9,11 +9,14 @@ TRANSFORMERS ?= 4.57.6
 COMPAT_TORCH ?= 2.13.0
 COMPAT_VENV := .venv-$(TRANSFORMERS)
 
+# lmms-eval brings sixty packages, so it gets an environment of its own, over the one with the test tools.
+LMMS_EVAL_VENV := .venv-lmms-eval
+
 BIN := $(VENV)/bin
 # Compiling all of torch while installing takes longer than compiling what is imported.
 PIP := -m pip --disable-pip-version-check --no-input install --quiet --no-compile
 
-.PHONY: help quickstart test test-slow test-miniature test-compat style format wheel clean
+.PHONY: help quickstart test test-slow test-miniature test-lmms-eval test-compat style format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +32,9 @@ test-slow: $(VENV)/.installed-dev ## the tests that take longer: servers, killed
 
 test-miniature: $(VENV)/.installed-dev ## train a miniature model through all stages, and ask it: about four minutes
 	$(BIN)/python -m pytest -m miniature $(PYTEST_ARGS)
+
+test-lmms-eval: $(LMMS_EVAL_VENV)/.installed ## the tests against lmms-eval: its metrics, and its command with our model
+	OMP_NUM_THREADS=1 $(LMMS_EVAL_VENV)/bin/python -m pytest tests/test_lmms_eval*.py $(PYTEST_ARGS)
 
 test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of transformers: TRANSFORMERS=4.57.6
 	$(COMPAT_VENV)/bin/python -m pytest -m 'not miniature' $(PYTEST_ARGS)
@@ -65,4 +71,13 @@ $(VENV)/.installed-dev: pyproject.toml
 $(COMPAT_VENV)/.installed-compat: pyproject.toml
 	$(PYTHON) -m venv $(COMPAT_VENV)
 	$(COMPAT_VENV)/bin/python $(PIP) torch==$(COMPAT_TORCH) transformers==$(TRANSFORMERS) pytest peft --editable .
+	touch $@
+
+$(LMMS_EVAL_VENV)/.installed: pyproject.toml $(VENV)/.installed-dev
+	rm -rf $(LMMS_EVAL_VENV)
+	$(BIN)/python -m venv $(LMMS_EVAL_VENV)
+	folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$folder')" > \
+		"$$($(LMMS_EVAL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/over.pth"
+	$(LMMS_EVAL_VENV)/bin/python $(PIP) --editable '.[lmms-eval]'
 	touch $@

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+_NONE: Mapping[str, Any] = MappingProxyType({})
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -116,7 +118,7 @@ class Assistant:
         prompt_tokens = inputs["input_ids"].shape[1]
         room = self._room_for_answer(prompt_tokens)
         stream = _AnswerStream(self.processor.tokenizer, on_text)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else _GREEDY
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
         try:
             output = self.model.generate(
                 **(inputs if glance is None else glance.left_to_compute(self.model, inputs)),
@@ -148,18 +150,16 @@ class Assistant:
         )
 
     def _inputs(self, processor: ConvLlavaProcessor, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
-        of_processor = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
-        if _PROCESSOR_KWARGS:
-            of_processor = {"processor_kwargs": of_processor}
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **of_processor
-        )
-        return inputs.to(self.device, self.dtype)
+        return prompt_inputs(processor, [messages], images_kwargs).to(self.device, self.dtype)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt and its answer together at most; `None` where the language model's config names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _room_for_answer(self, prompt_tokens: int) -> int | None:
-        """Tokens left for the answer; `None` where the language model's config names no limit."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None:
+        """Tokens left for the answer; `None` where there is no limit."""
+        if (context := self.context) is None:
             return None
         if prompt_tokens >= context:
             raise ConvLlavaError(
@@ -169,8 +169,38 @@ class Assistant:
         return context - prompt_tokens
 
 
+def prompt_inputs(
+    processor: ConvLlavaProcessor,
+    conversations: list[list[dict[str, Any]]],
+    images_kwargs: Mapping[str, Any] = _NONE,
+    add_generation_prompt: bool = True,
+):
+    """The model's inputs for a batch of conversations, padded on the left.
+
+    Args:
+        images_kwargs: of `ConvLlavaImageProcessor`, for this call.
+        add_generation_prompt: whether the conversations are to be answered.
+
+    Raises:
+        ValueError, OSError: a picture cannot be decoded, or the numbers of pictures and their places differ.
+    """
+    of_processor: dict[str, Any] = {"padding": True}
+    if images_kwargs:
+        of_processor["images_kwargs"] = dict(images_kwargs)
+    if _PROCESSOR_KWARGS:
+        of_processor = {"processor_kwargs": of_processor}
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **of_processor,
+    )
+
+
 # Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
-_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class _Stop(StoppingCriteria):
@@ -295,8 +325,7 @@ def load(
         ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
             quantization asked for is not there.
     """
-    check_checkpoint(source)
-    _check_processor_files(source)
+    processor = load_processor(source)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
     chosen = choose_tower(device, dtype, tower)
@@ -304,9 +333,8 @@ def load(
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, dtype)
     try:
-        processor = ConvLlavaProcessor.from_pretrained(source)
         model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: the tokenizer's files are broken or missing
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(
@@ -320,6 +348,20 @@ def load(
     if tower is not None or has_plain_products(model.vision_tower):
         speed_up(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)
+
+
+def load_processor(source: str | os.PathLike) -> ConvLlavaProcessor:
+    """The processor of a checkpoint, which takes no weights to be read.
+
+    Raises:
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint, or the processor's files are missing or broken.
+    """
+    check_checkpoint(source)
+    _check_processor_files(source)
+    try:
+        return ConvLlavaProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
+        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
 
 
 def check_checkpoint(source: str | os.PathLike) -> None:

@@ -1,0 +1,1 @@
+"""How good a checkpoint is: benchmarks, metrics, runs, and the doors to other projects' evaluations."""
