@@ -119,7 +119,7 @@ def test_conversations_have_a_system_message_and_several_turns(assistant, turn):
 
     messages = [system_turn("Be brief."), turn, assistant_turn("An exit."), user_turn("Which?")]
     Assistant(assistant.model, Recording()).answer(messages, max_new_tokens=1)
-    (prompt,) = prompts
+    ((prompt,),) = prompts
     assert prompt == (
         "<s>Be brief. USER: <image>\nWhat is on the sign? ASSISTANT: An exit.</s>USER: Which? ASSISTANT:"
     )

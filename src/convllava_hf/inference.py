@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+_NONE: Mapping[str, Any] = MappingProxyType({})
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -101,7 +103,7 @@ class Assistant:
         prompt_tokens = inputs["input_ids"].shape[1]
         room = self._room_for_answer(prompt_tokens)
         stream = _AnswerStream(self.processor.tokenizer, on_text)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else _GREEDY
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
         try:
             output = self.model.generate(
                 **inputs,
@@ -127,18 +129,16 @@ class Assistant:
         )
 
     def _inputs(self, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
-        of_processor = {"images_kwargs": dict(images_kwargs)} if images_kwargs else {}
-        if _PROCESSOR_KWARGS:
-            of_processor = {"processor_kwargs": of_processor}
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **of_processor
-        )
-        return inputs.to(self.device, self.dtype)
+        return prompt_inputs(self.processor, [messages], images_kwargs).to(self.device, self.dtype)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt and its answer together at most; `None` where the language model's config names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _room_for_answer(self, prompt_tokens: int) -> int | None:
-        """Tokens left for the answer; `None` where the language model's config names no limit."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None:
+        """Tokens left for the answer; `None` where there is no limit."""
+        if (context := self.context) is None:
             return None
         if prompt_tokens >= context:
             raise ConvLlavaError(
@@ -148,8 +148,38 @@ class Assistant:
         return context - prompt_tokens
 
 
+def prompt_inputs(
+    processor: ConvLlavaProcessor,
+    conversations: list[list[dict[str, Any]]],
+    images_kwargs: Mapping[str, Any] = _NONE,
+    add_generation_prompt: bool = True,
+):
+    """The model's inputs for a batch of conversations, padded on the left.
+
+    Args:
+        images_kwargs: of `ConvLlavaImageProcessor`, for this call.
+        add_generation_prompt: whether the conversations are to be answered.
+
+    Raises:
+        ValueError, OSError: a picture cannot be decoded, or the numbers of pictures and their places differ.
+    """
+    of_processor: dict[str, Any] = {"padding": True}
+    if images_kwargs:
+        of_processor["images_kwargs"] = dict(images_kwargs)
+    if _PROCESSOR_KWARGS:
+        of_processor = {"processor_kwargs": of_processor}
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **of_processor,
+    )
+
+
 # Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
-_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class _Stop(StoppingCriteria):

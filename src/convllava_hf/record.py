@@ -7,8 +7,10 @@ where a file lay on the machine: of what lies here, and of an absolute path, the
 
 import json
 import logging
+import platform
 import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -70,3 +72,14 @@ def portable_name(source: str | Path) -> str:
     if text.startswith(("/", "~", "file:")):
         return PurePosixPath(text).name
     return Path(text).resolve().name if Path(text).exists() else text
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Python's version and those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

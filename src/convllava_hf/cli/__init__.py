@@ -12,10 +12,10 @@ from importlib.metadata import version
 
 from ..errors import ConvLlavaError
 from ..noise import quiet_imports
-from . import ask, assemble, chat, convert, data, demo, push, quickstart, train
+from . import ask, assemble, chat, convert, data, demo, eval, push, quickstart, train
 
 
-COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, push)
+COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, eval, push)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

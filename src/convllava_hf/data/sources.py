@@ -99,6 +99,29 @@ def open_records(
     return RawRows(undecoded(_raw(kind, path, split, False, name))), _own_folder(kind, path)
 
 
+def load_rows(
+    path: str | os.PathLike, *, split: str, name: str | None = None, files: Sequence[str] | None = None
+) -> "Dataset":
+    """The rows of one data set as they are, with pictures undecoded (`bytes` and `path`).
+
+    Args:
+        path: a parquet file, a folder that `Dataset.save_to_disk` wrote, another folder, or an id on the Hub.
+        split: of data sets that have splits.
+        name: configuration of a data set on the Hub.
+        files: read these parquet files of the folder `path`.
+
+    Raises:
+        ConvLlavaError: there is no such data set, or it cannot be read.
+    """
+    kind, path = ("parquet", os.fspath(path)) if files else _kind_of(os.fspath(path))
+    if kind == "json":
+        raise ConvLlavaError(f"{path!r} is JSON, and parquet files or an id on the Hub are expected.")
+    _require_datasets()
+    from .columns import undecoded
+
+    return undecoded(_raw(kind, list(files) if files else path, split, False, name))
+
+
 class RawRows:
     """Rows of a data set with undecoded pictures, in the shape of `SampleFile`."""
 
@@ -221,7 +244,9 @@ def _folder(kind: str, path: str, image_folder: str | os.PathLike | None) -> Pic
     return PictureFolder(None if image_folder is None else os.path.expanduser(image_folder), caches)
 
 
-def _raw(kind: str, path: str, split: str, streaming: bool, name: str | None) -> "Dataset | IterableDataset":
+def _raw(
+    kind: str, path: str | list[str], split: str, streaming: bool, name: str | None
+) -> "Dataset | IterableDataset":
     """A data set as `datasets` reads it."""
     _require_datasets()
     import datasets as hf

@@ -1,4 +1,4 @@
-"""How good a checkpoint is: metrics, and the doors to other projects' evaluations."""
+"""How good a checkpoint is: benchmarks, metrics, runs, and the doors to other projects' evaluations."""
 
 from pathlib import Path
 

@@ -1,21 +1,13 @@
 """Many conversations at once: their answers, and how likely given answers are."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.processing_utils import ProcessorMixin
 
 from ..errors import ConvLlavaError, first_line
-from ..inference import Assistant
-
-
-# transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
-_PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
-# Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
-_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+from ..inference import GREEDY, Assistant, prompt_inputs
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ def answer_batch(
     Raises:
         ConvLlavaError: a conversation fills the model's context, or the device's memory does not hold the batch.
     """
-    inputs = _inputs(assistant, conversations, images_kwargs, add_generation_prompt=True)
+    inputs = _inputs(assistant, conversations, images_kwargs)
     length = inputs["input_ids"].shape[1]
     room = _room(assistant, length)
     if room is not None and room < max_new_tokens and len(conversations) > 1:
@@ -70,7 +62,7 @@ def answer_batch(
     try:
         output = assistant.model.generate(
             **inputs,
-            **{**_GREEDY, **sampling},
+            **{**GREEDY, "num_beams": 1, **sampling},
             max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
         )
     except torch.OutOfMemoryError as error:
@@ -105,7 +97,7 @@ def likelihoods(
     """
     whole = [[*turns, _answered(text)] for turns, text in zip(conversations, answers, strict=True)]
     counts = [_answer_tokens(assistant, *pair) for pair in zip(conversations, whole, strict=True)]
-    inputs = _inputs(assistant, whole, images_kwargs)
+    inputs = _inputs(assistant, whole, images_kwargs, answered=True)
     _room(assistant, inputs["input_ids"].shape[1] - 1)  # nothing is generated after the last token
     longest = max(counts)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # generate() counts them so, too
@@ -120,14 +112,9 @@ def likelihoods(
     ]
 
 
-def _inputs(assistant: Assistant, conversations, images_kwargs: Mapping[str, Any] | None, **template: Any):
-    of_processor: dict[str, Any] = {"padding": True}
-    if images_kwargs:
-        of_processor["images_kwargs"] = dict(images_kwargs)
-    if _PROCESSOR_KWARGS:
-        of_processor = {"processor_kwargs": of_processor}
-    inputs = assistant.processor.apply_chat_template(
-        list(conversations), tokenize=True, return_dict=True, return_tensors="pt", **template, **of_processor
+def _inputs(assistant: Assistant, conversations, images_kwargs: Mapping[str, Any] | None, answered: bool = False):
+    inputs = prompt_inputs(
+        assistant.processor, list(conversations), images_kwargs or {}, add_generation_prompt=not answered
     )
     return inputs.to(assistant.device, assistant.dtype)
 

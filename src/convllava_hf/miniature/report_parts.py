@@ -1,14 +1,30 @@
-"""What the report's page, its figure and the findings have in common: numbers as text, curves, boxes, whole files."""
+"""What the report's page, its figure and the findings have in common: numbers as text, curves, boxes."""
 
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
+from ..pages import duration, plain, versions_text, write_whole
 from .scoring import intersection_over_union, parse_box
 
 
+__all__ = [
+    "COLORS",
+    "KIND_NOTES",
+    "LOSS_TICKS",
+    "STEP_NOTES",
+    "Curve",
+    "amount",
+    "boxes",
+    "curves",
+    "duration",
+    "loss_limits",
+    "missing",
+    "overlap",
+    "plain",
+    "share",
+    "versions_text",
+    "write_whole",
+]
 # The colours of docs/architecture.svg.
 COLORS = {
     "ink": "#0f172a",
@@ -45,17 +61,6 @@ _MOST_POINTS = 240
 Curve = list[tuple[float, float]]  # step and loss
 
 
-def plain(text: object, width: int | None = None) -> str:
-    """A model's words on one line: what cannot be shown becomes a blank, and what is too long is cut.
-
-    Args:
-        width: most characters.
-    """
-    words = "".join(character if character.isprintable() else " " for character in str(text)).split()
-    line = " ".join(words)
-    return line if width is None or len(line) <= width else line[: width - 1].rstrip() + "…"
-
-
 def share(value: float | None) -> str:
     """An accuracy with two decimals; a dash if nothing was asked."""
     return "–" if missing(value) else f"{value:.2f}"
@@ -65,15 +70,6 @@ def missing(value: float | None) -> bool:
     return value is None or math.isnan(value)
 
 
-def duration(seconds: float) -> str:
-    """Such as `8 min 05 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def amount(number: float) -> str:
     """A large number with two significant figures or more, such as `0.67 M`, `51 M` and `1.2 G`."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -81,10 +77,6 @@ def amount(number: float) -> str:
             value = number / size
             return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.{1 if value >= 0.995 else 2}f} {unit}"
     return f"{number:.0f}"
-
-
-def versions_text(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
 
 
 def curves(losses: Mapping[str, Iterable]) -> tuple[dict[str, Curve], dict[str, int]]:
@@ -134,14 +126,3 @@ def overlap(sample: Mapping) -> float | None:
         return None
     pair = [parse_box(sample[name]) for name in ("truth", "answer")]
     return None if None in pair else intersection_over_union(*pair)
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file; it is there whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -1,14 +1,12 @@
 """What a finished run leaves for the model card: its data, what trained, hyperparameters, and how far it came."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 from trl import ModelConfig
 
-from ..record import RECORD_FILE, portable_name, read_record, write_record
+from ..record import RECORD_FILE, portable_name, read_record, versions_of, write_record
 from .arguments import DataArguments, TrainingArguments
 
 
@@ -82,7 +80,7 @@ def describe_run(
         "epochs": round(state.epoch, 4) if state.epoch is not None else None,
         **final,
         "dtype": str(model.dtype or "float32"),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions_of(_PACKAGES),
     }
     if model.use_peft:
         stage["lora"] = {key.removeprefix("lora_"): value for key in _LORA if (value := getattr(model, key, None))}
@@ -106,13 +104,3 @@ def _without_blanks(entry: dict[str, Any]) -> dict[str, Any]:
     if str(entry["name"]).endswith((".json", ".jsonl")):
         entry.pop("split", None)  # such a file has none; the argument has a default
     return {**entry, "name": portable_name(entry["name"])}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

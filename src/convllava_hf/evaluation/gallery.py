@@ -1,0 +1,69 @@
+"""A few samples of a run to look at: right and wrong ones, with small pictures, kept beside the run."""
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
+from ..pages import write_whole
+from .comparison import is_scored
+from .journal import read_rows
+from .judging import Row
+from .samples import Sample
+from .sources import Source
+
+
+logger = logging.getLogger(__name__)
+
+GALLERY_FILE = "gallery.json"
+OF_EACH = 6  # right samples and wrong ones
+_SIDE = 360  # pixels of the longer side
+_QUALITY = 82
+
+
+def save_gallery(folder: Path, source: Source) -> Path:
+    """Chooses samples of a finished run, and writes them with their pictures as JPEG in base64."""
+    rows = [row for row in read_rows(folder).values() if is_scored(row)]
+    shown = [{**row, "jpeg": thumbnail(source, row)} for row in chosen(rows)]
+    return write_whole(folder / GALLERY_FILE, json.dumps(shown, ensure_ascii=False).encode())
+
+
+def chosen(rows: Sequence[Row], of_each: int = OF_EACH) -> list[Row]:
+    """Right samples, then wrong ones, spread over the run; the same ones each time."""
+    right = [row for row in rows if is_right(row)]
+    wrong = [row for row in rows if not is_right(row)]
+    return [*_spread(right, of_each), *_spread(wrong, of_each)]
+
+
+def is_right(row: Row) -> bool:
+    """Whether a sample counts as right for who looks at it, where scores lie between 0 and 1."""
+    return row["score"] >= 0.5
+
+
+def thumbnail(source: Source, row: Row) -> str:
+    """A sample's picture, upright and small: a JPEG in base64."""
+    sample = Sample(row["id"], row["row"], row["question"], (), picture=row.get("picture_key"))
+    picture = ConvLlavaImageProcessor().fetch_images(source.picture_of(sample))
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=_QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_gallery(folder: Path) -> list[dict[str, Any]]:
+    """What `save_gallery` has left; nothing where it was not called."""
+    path = folder / GALLERY_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _spread(rows: Sequence[Row], number: int) -> list[Row]:
+    if len(rows) <= number:
+        return list(rows)
+    return [rows[index * len(rows) // number] for index in range(number)]

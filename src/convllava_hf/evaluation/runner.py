@@ -1,0 +1,435 @@
+"""Runs a benchmark: asks what was not asked yet, and writes samples and record.
+
+A run's folder holds `run.json` (what decides the answers), `samples.jsonl` (a line a sample) and, once it has come to
+its end, `record.json`. Several processes (torchrun, accelerate launch) share the samples among them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
+from transformers.utils import cached_file
+
+from ..errors import ConvLlavaError
+from ..inference import Assistant
+from ..modeling.configuration_convllava import visual_token_grid
+from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..pages import write_whole
+from ..record import portable_name
+from .asking import Asker, Batch, Reply, user_question
+from .benchmarks import CHOICES, Benchmark
+from .journal import Journal, read_rows, unite
+from .record import ids_left_out, make_record, write_record
+from .samples import LETTERS, Sample
+from .sources import Failure, Plan, Source, open_source, plan_samples
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+_LOGGED = 5  # failures that are named while a run is on
+_BOUNDS = ("min_pixels", "max_pixels")
+_PATIENCE = timedelta(hours=12)
+_AHEAD = 2  # batches that are made ready while another is asked
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is run.
+
+    `choice`: multiple choice by the `"letter"` that is answered, or by the `"likelihood"` of each option's text.
+    `ocr_tokens`: TextVQA's prompt names what an OCR system read. `split`, `config`: other ones than the benchmark's.
+    `limit`: the first so many samples. `batch_size`: samples asked at once. `resolution`: side in pixels, and
+    `image_mode`: how pictures come to their shape; both the checkpoint's own by default.
+    """
+
+    choice: str = "letter"
+    ocr_tokens: bool = False
+    split: str | None = None
+    config: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    resolution: int | None = None
+    image_mode: str | None = None
+
+    def __post_init__(self):
+        if self.choice not in CHOICES:
+            raise ConvLlavaError(f"choice is {self.choice!r}: expected one of {', '.join(CHOICES)}.")
+
+    @property
+    def images_kwargs(self) -> dict[str, Any]:
+        """Of the image processor."""
+        given = {"size": self.resolution, "image_aspect_ratio": self.image_mode}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def folder_name(self, benchmark: Benchmark) -> str:
+        """Of a run in an output folder: runs of the same benchmark with other settings do not meet."""
+        parts = [benchmark.name, self.split, self.config, "ocr" if self.ocr_tokens else None, self.image_mode]
+        if benchmark.has_choices and self.choice != CHOICES[0]:
+            parts.append(self.choice)
+        if self.resolution:
+            parts.append(f"{self.resolution}px")
+        if self.limit is not None:
+            parts.append(f"first{self.limit}")
+        return "-".join(part.replace("/", "_") for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is asked: `source` is its folder or id, `load` loads it, which is left until there is a question.
+
+    `dtype`, `quantization`: in which it is loaded.
+    """
+
+    source: str
+    load: Callable[[], Assistant]
+    dtype: torch.dtype
+    quantization: str | None = None
+
+
+def join_processes(device: str | None = None) -> PartialState:
+    """Joins the processes that a launcher has started; to be called once, before anything is asked.
+
+    Args:
+        device: `"cpu"` where GPUs are to be left alone.
+
+    Raises:
+        ConvLlavaError: there are several, and they do not find together: each would ask everything.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    # Whoever is done first waits for the slowest one's last batches.
+    state = PartialState(cpu=cpu, **({"timeout": _PATIENCE} if started > 1 else {}))
+    if state.num_processes != started:
+        raise ConvLlavaError(
+            f"{started} processes were started, and {state.num_processes} of them found together. Start them by "
+            "`accelerate launch -m convllava_hf eval` or torchrun; on CPUs with ACCELERATE_USE_CPU=true."
+        )
+    return state
+
+
+def evaluate(
+    benchmark: Benchmark,
+    model: Model,
+    processor: ConvLlavaProcessor,
+    output: str | os.PathLike,
+    data: str | os.PathLike | None = None,
+    settings: Settings | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> tuple[Path, dict[str, Any], Source]:
+    """Runs a benchmark, or goes on with a run that was interrupted.
+
+    Args:
+        output: folder of runs; this one gets a folder of its own in it.
+        data: see `open_source`.
+        overwrite: begin anew where there is a run already.
+
+    Returns:
+        The run's folder, its record, and the data that it asked about.
+
+    Raises:
+        ConvLlavaError: the data set is not there or lacks columns, the folder holds a run with other settings, or no
+            sample could be scored.
+    """
+    settings = settings or Settings()
+    state = PartialState()
+    prompt = benchmark.prompt_with_words if settings.ocr_tokens else benchmark.prompt
+    with state.main_process_first():  # which fills the cache of `datasets`
+        source = open_source(benchmark, data, split=settings.split, config=settings.config, words=settings.ocr_tokens)
+    plan = plan_samples(source, prompt, settings.limit)
+    run = describe_run(source, plan, model, processor, prompt, settings)
+    folder = Path(output) / settings.folder_name(benchmark)
+    if state.is_main_process:
+        begin(folder, run, overwrite)
+        unite(folder, plan.ids)
+    state.wait_for_everyone()
+    _ask_rest(source, plan, model, folder, settings, progress)
+    state.wait_for_everyone()
+    record: dict[str, Any] = {}
+    if state.is_main_process:
+        rows = unite(folder, plan.ids)
+        example = _example(processor, plan, settings.choice == "likelihood")
+        about = {"example_prompt": example, "batch_size": settings.batch_size, "processes": state.num_processes}
+        record = make_record(benchmark, plan, [rows[name] for name in plan.ids], run, about)
+        unite(folder, plan.ids, left_out=ids_left_out(benchmark, plan, rows))
+        write_record(folder, record)
+    state.wait_for_everyone()
+    return folder, record, source
+
+
+def describe_run(
+    source: Source, plan: Plan, model: Model, processor: ConvLlavaProcessor, prompt: str, settings: Settings
+) -> dict[str, Any]:
+    """What decides the answers: a run goes on only if all of it is as it was.
+
+    Raises:
+        ConvLlavaError: the image processor cannot do what the settings ask for.
+    """
+    images, benchmark = processor.image_processor, source.benchmark
+    try:
+        height, width = images.get_image_size(images.size["height"], images.size["width"], **settings.images_kwargs)
+        tokens = visual_token_grid(height, width, images.stride)
+    except (KeyError, ValueError) as error:
+        raise ConvLlavaError(f"Pictures cannot be seen so: {error}") from error
+    return {
+        "format": 1,
+        "benchmark_name": benchmark.name,
+        "dataset": source.dataset,
+        "config": source.config,
+        "split": source.split,
+        "limit": settings.limit,
+        "questions": plan.checksum,
+        "prompt": prompt,
+        "choice": settings.choice if benchmark.has_choices else None,
+        "ocr_tokens": settings.ocr_tokens,
+        "max_new_tokens": benchmark.max_new_tokens,
+        "model": {"name": portable_name(model.source), **_checkpoint_state(model.source)},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
+        "pictures": {
+            "mode": settings.image_mode or images.image_aspect_ratio,
+            "height": height,
+            "width": width,
+            "tokens": tokens[0] * tokens[1],
+            **{name: value for name in _BOUNDS if (value := getattr(images, name, None)) is not None},
+        },
+    }
+
+
+def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
+    """Makes the folder of a run, or makes sure that it is this run's.
+
+    Raises:
+        ConvLlavaError: it is another run's; the message names what differs.
+    """
+    path = folder / RUN_FILE
+    if folder.exists() and overwrite:
+        if any(folder.iterdir()) and not path.exists():
+            raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: it is left alone.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if any(folder.iterdir()):
+            raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: name another --output.")
+        write_whole(path, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvLlavaError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if differing := [key for key in run if before.get(key) != run[key]]:
+        key = differing[0]
+        raise ConvLlavaError(
+            f"{str(folder)!r} holds a run that differs in {', '.join(differing)}: {key} was {before.get(key)!r} and "
+            f"is {run[key]!r}. Name another --output, or begin anew by --overwrite."
+        )
+
+
+def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: Settings, progress: bool) -> None:
+    """Asks this process's share of what has no row yet."""
+    state = PartialState()
+    done = read_rows(folder, parts=False)  # all processes must see the same ones, and others write already
+    rest = [sample for name, sample in plan.samples.items() if name not in done]
+    with Journal(folder, state.process_index) as journal:
+        if state.is_main_process:
+            lost = {name: failure for name, failure in plan.failures.items() if name not in done}
+            journal.append(failure_row(name, failure) for name, failure in lost.items())
+            _tell(source, lost)
+        if not rest:
+            return
+        asker = Asker(
+            model.load(),
+            source,
+            source.benchmark.max_new_tokens,
+            settings.choice == "likelihood",
+            settings.images_kwargs,
+        )
+        batches = make_batches(rest, asker.lengths(rest), settings.batch_size, asker.likelihood)
+        share = batches[state.process_index :: state.num_processes]
+        bar = _Bar(source.benchmark.title, [done[name] for name in plan.samples if name in done], share, progress)
+        with bar:
+            for rows in answered(asker, share):
+                journal.append(rows)
+                _tell(source, {row["id"]: Failure(**row["failure"]) for row in rows if "failure" in row})
+                bar.update(rows)
+
+
+def make_batches(samples: Sequence[Sample], lengths: Sequence[int], size: int, apart: bool) -> list[list[Sample]]:
+    """Batches of samples of like length, the longest first: what does not fit into memory shows at once.
+
+    Args:
+        apart: whether questions with options are in batches of their own.
+    """
+    order = sorted(range(len(samples)), key=lambda index: -lengths[index])  # stable, so always the same
+    kinds = [True, False] if apart else [None]
+    batches = []
+    for kind in kinds:
+        of_kind = [samples[index] for index in order if kind is None or bool(samples[index].choices) == kind]
+        batches += [of_kind[start : start + size] for start in range(0, len(of_kind), size)]
+    return batches
+
+
+def answered(asker: Asker, batches: Sequence[Sequence[Sample]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each batch, asked one after the other while the next ones are made ready."""
+    waiting = iter(batches)
+    before = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=_AHEAD) as pool:
+        ready: list[Future[Batch]] = [pool.submit(asker.prepare, batch) for batch in islice(waiting, _AHEAD)]
+        while ready:
+            batch = ready.pop(0).result()
+            ready += [pool.submit(asker.prepare, following) for following in islice(waiting, 1)]
+            replies = ask_in_parts(asker, batch)
+            now = time.perf_counter()
+            rows = _rows(asker, batch, replies)
+            for row in rows:
+                row["seconds"] = round((now - before) / len(rows), 6)
+            before = now
+            yield rows
+
+
+def ask_in_parts(asker: Asker, batch: Batch) -> list[Reply]:
+    """Asks a batch; in halves where the device's memory does not hold it.
+
+    Raises:
+        ConvLlavaError: it does not hold a single sample.
+    """
+    if not batch.samples:
+        return []
+    if batch.inputs is not None:
+        try:
+            return asker.ask(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch.samples) == 1:
+                raise ConvLlavaError(
+                    f"The memory of {asker.assistant.device} does not hold one sample beside the model in "
+                    f"{asker.assistant.dtype}. Load it in 4 bits (--quantization), or take a smaller --resolution."
+                ) from error
+        logger.warning("A batch of %d does not fit into memory; asking in halves.", len(batch.samples))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    middle = len(batch.samples) // 2
+    halves = [asker.prepare(batch.samples[:middle]), asker.prepare(batch.samples[middle:])]
+    return [reply for half in halves for reply in ask_in_parts(asker, half)]
+
+
+def failure_row(name: str, failure: Failure) -> dict[str, Any]:
+    """The row of a sample that got no answer: it has no score."""
+    return {"id": name, "failure": {"kind": failure.kind, "message": failure.message}}
+
+
+def _rows(asker: Asker, batch: Batch, replies: Sequence[Reply]) -> list[dict[str, Any]]:
+    rows = [failure_row(name, failure) for name, failure in batch.failures.items()]
+    for sample, seen, reply in zip(batch.samples, batch.seen, replies, strict=True):
+        try:
+            judged = _judged(asker, sample, seen, reply)
+        except ConvLlavaError as error:  # the data set's answers are not what the metric needs
+            rows.append(failure_row(sample.id, Failure("answers", str(error))))
+            continue
+        row = {
+            "id": sample.id,
+            "row": sample.row,
+            "question": sample.stem if reply.log_likelihoods else sample.prompt,
+            "prediction": reply.text,
+            **judged,
+            "answers": list(sample.answers),
+            "choices": list(sample.choices),
+            "category": sample.category,
+            "group": sample.group,
+            "picture": [seen.width, seen.height],
+            "picture_key": sample.picture,
+            "prompt_tokens": reply.prompt_tokens,
+            "visual_tokens": reply.visual_tokens,
+            "new_tokens": reply.new_tokens,
+        }
+        rows.append({key: value for key, value in row.items() if value not in (None, []) or key == "read"})
+    return rows
+
+
+def _judged(asker: Asker, sample: Sample, seen, reply: Reply) -> dict[str, Any]:
+    if reply.log_likelihoods is None:
+        return asker.source.benchmark.judge(sample, reply.text, seen)
+    best = max(range(len(reply.log_likelihoods)), key=reply.log_likelihoods.__getitem__)
+    return {
+        "prediction": sample.choices[best],
+        "score": float(LETTERS[best] in sample.answers),
+        "read": LETTERS[best],
+        "log_likelihoods": [round(value, 5) for value in reply.log_likelihoods],
+    }
+
+
+def _tell(source: Source, failures: dict[str, Failure]) -> None:
+    for name, failure in islice(failures.items(), _LOGGED):
+        logger.warning("%s, sample %s failed (%s): %s", source.benchmark.title, name, failure.kind, failure.message)
+
+
+def _example(processor: ConvLlavaProcessor, plan: Plan, likelihood: bool) -> str | None:
+    """A sample's prompt as the model reads it, with one place for the picture."""
+    sample = next(iter(plan.samples.values()), None)
+    if sample is None:
+        return None
+    words = sample.stem if likelihood and sample.choices else sample.prompt
+    return processor.apply_chat_template([user_question(words, None)], add_generation_prompt=True, tokenize=False)
+
+
+def _checkpoint_state(source: str) -> dict[str, str | None]:
+    """Which state a checkpoint has: the Hub's commit, or a checksum of names, sizes and times of its files."""
+    folder = Path(source)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
+        listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return {"commit": None, "files": hashlib.sha256(repr(listed).encode()).hexdigest()[:16]}
+    parts = Path(cached_file(source, "config.json")).parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    return {"commit": commit, "files": None}
+
+
+class _Bar:
+    """Progress on a terminal, with the score so far; nothing elsewhere.
+
+    With several processes it is the first one's share.
+    """
+
+    def __init__(self, title: str, done: Sequence[dict], share: Sequence[Sequence[Sample]], progress: bool):
+        state = PartialState()
+        scores = [row["score"] for row in done if "score" in row]
+        self.total, self.scored = sum(scores), len(scores)
+        self.failures = len(done) - len(scores)
+        self.bar = tqdm(
+            desc=title,
+            initial=len(done),
+            total=len(done) + sum(map(len, share)),
+            unit="sample",
+            dynamic_ncols=True,
+            disable=not (progress and state.is_main_process and sys.stderr.isatty()),
+        )
+
+    def update(self, rows: Sequence[dict]) -> None:
+        scores = [row["score"] for row in rows if "score" in row]
+        self.total, self.scored = self.total + sum(scores), self.scored + len(scores)
+        self.failures += len(rows) - len(scores)
+        shown = f"right {100 * self.total / self.scored:.1f}%" if self.scored else "no score yet"
+        self.bar.set_postfix_str(f"{shown}, {self.failures} failed" if self.failures else shown, refresh=False)
+        self.bar.update(len(rows))
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
