@@ -1,4 +1,7 @@
-"""lmms-eval asks our model, offline, tasks on local parquet files: `make test-lmms-eval`."""
+"""lmms-eval asks our model, offline, tasks on local parquet files: `make test-lmms-eval`.
+
+What it must come to is worked out with `Assistant.answer` alone, one question at a time.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ask, make_picture
 
+from convllava_hf.cli import main
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.evaluation.batches import likelihoods
 from convllava_hf.evaluation.metrics import textvqa_accuracy
@@ -73,7 +77,7 @@ task: tiny_textvqa
 output_type: generate_until
 doc_to_text: !function tiny_tasks.question
 doc_to_target: answer
-generation_kwargs: {max_new_tokens: 8, temperature: 0}
+generation_kwargs: {max_new_tokens: 32, temperature: 0}
 process_results: !function tiny_tasks.score
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
@@ -110,8 +114,8 @@ def rows(assistant) -> list[dict]:
     """Seven questions of different lengths, some answered just as the model will, by some of ten people."""
     rows = []
     for number in range(7):
-        picture, question = make_picture(60 + 7 * number, 80, seed=number), "what is this" + " really" * (number % 3)
-        answer = assistant.answer([user_turn(question.capitalize() + SHORT, [picture])], max_new_tokens=8).text
+        picture, question = make_picture(60 + 7 * number, 80, seed=number), "What is this" + " really" * (number % 3)
+        answer = assistant.answer([user_turn(question + SHORT, [picture])], max_new_tokens=32).text
         found = likelihoods(assistant, [ask(question, picture)] * 4, OPTIONS)
         best = min(range(4), key=lambda index: found[index].loss)
         agreed = 3 * number % 11
@@ -124,7 +128,8 @@ def rows(assistant) -> list[dict]:
                 "said": answer,
                 "answers": [answer] * agreed + ["no"] * (10 - agreed),
                 "options": OPTIONS,
-                "gold": OPTIONS[best if number % 2 else (best + 1) % 4],
+                "answer": (right := best if number % 2 else (best + 1) % 4),
+                "gold": OPTIONS[right],
                 "right": number % 2,
             }
         )
@@ -188,7 +193,7 @@ def test_command_gives_the_score_of_our_metric(command_results, rows):
     (samples,) = command_results["folder"].glob("*_samples_tiny_textvqa.jsonl")
     logged = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [sample["filtered_resps"] for sample in logged] == [row["said"].strip() for row in rows]
-    assert [sample["token_counts"][0]["output_tokens"] for sample in logged] == [8] * len(rows)
+    assert [sample["token_counts"][0]["output_tokens"] for sample in logged] == [32] * len(rows)
 
 
 def test_command_asks_in_rounds(command_results, rounds):
@@ -214,6 +219,19 @@ def test_simple_kind_gives_the_same_and_weighs_options(checkpoint, tasks, rows, 
     assert results["tiny_textvqa"]["exact_match,none"] == pytest.approx(_expected_score(rows))
     assert results["tiny_rounds"]["said,none"] == _listed(rounds)
     assert results["tiny_choice"]["acc,none"] == pytest.approx(sum(row["right"] for row in rows) / len(rows))
+
+
+def test_our_own_command_gives_the_same_scores(command_results, checkpoint, tasks, rows, tmp_path, capsys):
+    data = ["--data", str(tasks / "validation.parquet"), "--output", str(tmp_path), "--json"]
+    given = [str(checkpoint), "--dtype", "float32", "--device", "cpu", "--batch-size", "4", *data]
+    assert main(["eval", *given, "--benchmark", "textvqa"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    score = command_results["results"]["tiny_textvqa"]["exact_match,none"]
+    assert record["score"] == pytest.approx(100 * score, abs=1e-4) and record["counts"]["answered"] == len(rows)
+    # lmms-eval's score by likelihood is held to the same share of right ones in the test above.
+    assert main(["eval", *given, "--benchmark", "ai2d", "--split", "validation", "--choice", "likelihood"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["score"] == pytest.approx(100 * sum(row["right"] for row in rows) / len(rows), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
