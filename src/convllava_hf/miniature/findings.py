@@ -8,18 +8,17 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 
-from .language import GENERAL
+from .language import GENERAL, Mix
 from .progress import logs_to
 from .quickstart import (
     EXTRA_STAGE_DEPTH,
-    MIXES,
     SIDE,
     Emit,
     assemble_model,
@@ -162,9 +161,9 @@ class FindingsPlan:
     """
 
     tower_steps: int = 2400
-    language_steps: int = 1000
+    language_steps: int = 1200
     stage1_scenes: int = 4800
-    stage2_scenes: int = 20000
+    stage2_scenes: int = 16000
     test_scenes: int = 400
     seeds: int = SEEDS
 
@@ -214,7 +213,7 @@ def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
         place / "stage0", seed, plan.tower_steps, plan.language_steps, world=WORLD, tower_sizes=TOWER_SIZES
     )
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
-    mixes = {stage: replace(MIXES[stage], boxes=0.0) for stage in scenes}
+    mixes = {"stage1": Mix(1.0, 0.0, 0.0), "stage2": Mix(0.1, 0.0, 0.0)}
     jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, mixes)
     return {_name(seed, name): job for name, job in jobs.items()}
 

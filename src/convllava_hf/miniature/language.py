@@ -12,13 +12,16 @@ KINDS = ("reading", *GENERAL, "grounding")
 NUMBERS = ("zero", "one", "two", "three")
 WAVES = 32  # numbers that tell a reader of text pictures where a box is
 CAPTION_PROMPT = "Describe the picture."
+GROUNDED_PROMPT = "Describe the picture with bounding boxes."
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What conversations are about, by shares: captions, boxes, and for the rest questions of the other kinds."""
+    """What conversations are about, by shares: captions without and with boxes, the boxes of single things, and for
+    the rest questions of the other kinds."""
 
     captions: float
+    grounded_captions: float
     boxes: float
 
 
@@ -36,11 +39,11 @@ def box_text(box: Box) -> str:
     return f"[{', '.join(f'{value / UNITS:.2f}' for value in box)}]"
 
 
-def caption(scene: Scene) -> str:
-    """Everything in a scene, in reading order."""
-    facts = [(cell_of(thing.box), f"{_article(thing.color)} {thing.shape}") for thing in scene.things]
-    facts.append((cell_of(scene.sign.box), f"a sign that says {scene.sign.digit}"))
-    return ", ".join(what for _, what in sorted(facts)) + "."
+def caption(scene: Scene, boxes: bool = False) -> str:
+    """Everything in a scene, in reading order; with its boxes if so asked."""
+    facts = [(cell_of(thing.box), f"{_article(thing.color)} {thing.shape}", thing.box) for thing in scene.things]
+    facts.append((cell_of(scene.sign.box), f"a sign that says {scene.sign.digit}", scene.sign.box))
+    return ", ".join(f"{what} {box_text(box)}" if boxes else what for _, what, box in sorted(facts)) + "."
 
 
 def text_picture(scene: Scene) -> str:
@@ -71,14 +74,16 @@ def waves_of_cells(scene: Scene) -> np.ndarray:
 def conversation(scene: Scene, rng: np.random.Generator, mix: Mix) -> list[tuple[str, str]]:
     """What is said about a scene, in turns of a prompt and its answer.
 
-    It is the caption, or the boxes of all things in random order, or one question of each other kind in random order.
+    It is a caption, or the boxes of all things in random order, or one question of each other kind in random order.
     Boxes have conversations of their own: whoever has been asked for the box of the red square need not look any more
     to know that there is one.
     """
     drawn = rng.random()
     if drawn < mix.captions:
         return [(CAPTION_PROMPT, caption(scene))]
-    if drawn < mix.captions + mix.boxes:
+    if (drawn := drawn - mix.captions) < mix.grounded_captions:
+        return [(GROUNDED_PROMPT, caption(scene, boxes=True))]
+    if drawn - mix.grounded_captions < mix.boxes:
         asked = [_grounding(thing) for thing in scene.things]
     else:
         asked = [question for question in questions(scene, rng) if question.kind != "grounding"]

@@ -23,7 +23,17 @@ from transformers import (
 
 from ..convert.writing import new_checkpoint_folder
 from .drawing import draw_sign, draw_thing
-from .language import CAPTION_PROMPT, WAVES, Mix, caption, conversation, questions, text_picture, waves_of_cells
+from .language import (
+    CAPTION_PROMPT,
+    GROUNDED_PROMPT,
+    WAVES,
+    Mix,
+    caption,
+    conversation,
+    questions,
+    text_picture,
+    waves_of_cells,
+)
 from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
 
 
@@ -223,7 +233,7 @@ def _texts(world: World, scenes: int) -> Iterator[str]:
     """Everything that is said, first and later in a conversation: with a line break or a blank before the question."""
     rng = np.random.default_rng(0)
     for scene in itertools.islice(world.scenes("train", seed=0), scenes):
-        for question, answer in conversation(scene, rng, Mix(0.4, 0.3)):
+        for question, answer in conversation(scene, rng, Mix(0.2, 0.2, 0.3)):
             yield f"USER: {text_picture(scene)}\n{question} ASSISTANT: {answer}"
             yield f"USER: {question} ASSISTANT: {answer}"
 
@@ -274,17 +284,19 @@ def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Call
         asked = encode(question) + encode(" ASSISTANT:")
         answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
         labels = [-100] * len(asked) + answered
-        weight = _BOX_WEIGHT if answer.startswith("[") else 1.0
+        weight = _BOX_WEIGHT if "[" in answer else 1.0
         for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=len(picture)):
             sample.append(_Position(token, label, 0.0 if label == -100 else weight / len(answered), part, place))
     return sample
 
 
 def _asked_of_text(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions of each kind, drawn twice, and now and then the caption; none of them twice."""
+    """Questions of each kind, drawn twice, and now and then a caption; none of them twice."""
     turns = [(question.text, question.answer) for _ in range(2) for question in questions(scene, rng)]
     if rng.random() < _CAPTION_SHARE:
         turns.append((CAPTION_PROMPT, caption(scene)))
+    if rng.random() < _CAPTION_SHARE:
+        turns.append((GROUNDED_PROMPT, caption(scene, boxes=True)))
     return list(dict.fromkeys(turns))
 
 

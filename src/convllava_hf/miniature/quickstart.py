@@ -19,7 +19,11 @@ from .world import World
 SIDE = 256  # pixels: 4 x 4 visual tokens at stride 64
 EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
 # What is said about the scenes of a stage.
-MIXES = {"stage1": Mix(0.4, 0.3), "stage2": Mix(0.05, 0.35), "stage3": Mix(0.0, 0.35)}
+MIXES = {
+    "stage1": Mix(captions=0.5, grounded_captions=0.5, boxes=0.0),
+    "stage2": Mix(captions=0.05, grounded_captions=0.1, boxes=0.3),
+    "stage3": Mix(captions=0.0, grounded_captions=0.0, boxes=0.35),
+}
 STAGES = tuple(MIXES)
 TITLES = {
     "vision tower": "stage 0: vision tower",
