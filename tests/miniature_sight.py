@@ -87,18 +87,19 @@ def answer_of(text: str, things: list[Seen], digit: int, side: int = 256) -> str
     if match := re.fullmatch(r"Give the bounding box of the (\w+) (\w+)\.", text):
         (thing,) = [thing for thing in things if (thing.color, thing.shape) == match.groups()]
         return written(thing.box, side)
-    if text == "Describe the picture.":
-        return ", ".join(names_in_order(things, digit, side)) + "."
+    if text in ("Describe the picture.", "Describe the picture with bounding boxes."):
+        return ", ".join(names_in_order(things, digit, side, boxes="boxes" in text)) + "."
     raise AssertionError(f"An unknown question: {text!r}")
 
 
-def names_in_order(things: list[Seen], digit: int, side: int) -> list[str]:
+def names_in_order(things: list[Seen], digit: int, side: int, boxes: bool) -> list[str]:
     """Names of things, the sign's among them (a thing of shape `sign`), row by row and from left to right."""
     named = []
     for thing in sorted(things, key=lambda thing: place(thing.box, side)):
         article = "an" if thing.color == "orange" else "a"
         sign = f"a sign that says {digit}"
-        named.append(sign if thing.shape == "sign" else f"{article} {thing.color} {thing.shape}")
+        name = sign if thing.shape == "sign" else f"{article} {thing.color} {thing.shape}"
+        named.append(f"{name} {written(thing.box, side)}" if boxes else name)
     return named
 
 

@@ -25,6 +25,7 @@ from convllava_hf.miniature import drawing, language, pretraining, samples  # no
 from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
 
 
+MIX = language.Mix(captions=0.2, grounded_captions=0.2, boxes=0.3)
 TURN = re.compile(r"USER: (.*?) ASSISTANT: (.*?)</s>", re.DOTALL)
 trains = pytest.mark.skipif(
     tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18),
@@ -43,8 +44,8 @@ def texts() -> list[str]:
     rng, said = np.random.default_rng(0), []
     for scene in itertools.islice(World().scenes("test", 7), 200):
         said.append(f" {language.text_picture(scene)}")
-        for share in (0.0, 1.0):
-            for prompt, answer in language.conversation(scene, rng, share):
+        for mix in (language.Mix(1, 0, 0), language.Mix(0, 1, 0), language.Mix(0, 0, 1), language.Mix(0, 0, 0)):
+            for prompt, answer in language.conversation(scene, rng, mix):
                 said += [f" {prompt}", f" {answer}"]
     return said
 
@@ -138,15 +139,16 @@ def test_questions_about_text_are_tokenized_as_the_chat_template_does(tokenizer,
     assert number > 32 * 5
 
 
-def test_every_answer_weighs_the_same(text_batch):
+def test_every_answer_weighs_the_same(tokenizer, text_batch):
+    """But for boxes, which say four things each."""
     for _, *asked in parts_of(text_batch):
-        for _, labels, weights in asked:
-            assert sum(weights) == pytest.approx(1)
+        for ids, labels, weights in asked:
+            assert sum(weights) == pytest.approx(4 if "box" in tokenizer.decode(ids) else 1)
             assert [weight > 0 for weight in weights] == [label != -100 for label in labels]
 
 
 def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
-    """Positions, mask and padding: the loss of a batch is the mean of the model's own losses of single questions."""
+    """Positions, mask and padding: the loss of a batch is the weighted mean of the model's own of single questions."""
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -158,25 +160,36 @@ def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
-    alone = []
-    for picture, *asked in parts_of(text_batch)[:6]:
-        for ids, labels, _ in asked:
-            row = {"input_ids": picture[0] + ids, "labels": picture[1] + labels}
-            with torch.no_grad():
-                alone.append(model(**{name: torch.tensor([values]) for name, values in row.items()}).loss.item())
+    boxes = torch.nn.Linear(language.WAVES, config.hidden_size, bias=False)
+    losses, answers_weigh = [], []
     with torch.no_grad():
-        together = pretraining._weighted_loss(model, {name: values[:6] for name, values in text_batch.items()})
-    assert together.item() == pytest.approx(np.mean(alone), abs=1e-4)
+        for (picture, *asked), waves in zip(parts_of(text_batch)[:6], text_batch["waves"], strict=False):
+            for ids, labels, weights in asked:
+                embeddings = model.get_input_embeddings()(torch.tensor([picture[0] + ids]))
+                embeddings[0, : len(picture[0])] += boxes(waves[: len(picture[0])])
+                labels = torch.tensor([picture[1] + labels])
+                losses.append(model(inputs_embeds=embeddings, labels=labels).loss.item())
+                answers_weigh.append(sum(weights))
+        some = {name: values[:6] for name, values in text_batch.items()}
+        together = pretraining._weighted_loss(model, boxes, some)
+    assert together.item() == pytest.approx(np.average(losses, weights=answers_weigh), abs=1e-4)
 
 
 def test_text_batches_tell_what_is_asked(tokenizer):
     """Every answer, by other code, from the text picture that comes first; no question twice."""
     captions, number = 0, 0
-    for picture, *asked in parts_of(next(pretraining.text_batches(tokenizer, World(), 0, 64))):
+    batch = next(pretraining.text_batches(tokenizer, World(), 0, 64))
+    for (picture, *asked), waves in zip(parts_of(batch), batch["waves"], strict=True):
         told = tokenizer.decode(picture[0])
         cells = re.fullmatch(r"<s>USER: (.*)\n", told)[1].split(" ")
         assert len(cells) == 16
-        things = [Seen(*name.split("-"), cell_box(place)) for place, name in enumerate(cells) if "-" in name]
+        told_waves = waves[-16 - 1 + len(picture[0]) : len(picture[0]) - 1]  # a line break ends the text picture
+        assert (
+            waves.abs().sum(1).count_nonzero() == told_waves.abs().sum(1).count_nonzero() == 16 - cells.count("ground")
+        )
+        things = [
+            Seen(*name.split("-"), box_of(wave)) for name, wave in zip(cells, told_waves, strict=True) if "-" in name
+        ]
         (sign,) = [thing for thing in things if thing.color == "sign"]
         things.remove(sign)
         everything = [*things, Seen("", "sign", sign.box)]
@@ -189,9 +202,10 @@ def test_text_batches_tell_what_is_asked(tokenizer):
     assert captions > 5 and number > 300
 
 
-def cell_box(place: int) -> tuple[float, ...]:
-    row, column = divmod(place, 4)
-    return (column / 4, row / 4, (column + 1) / 4, (row + 1) / 4)
+def box_of(waves) -> tuple[float, ...]:
+    """Left, top, right and bottom from 0 to 1, by the longest of the waves alone: half of it is the picture's side."""
+    sines, cosines = waves.reshape(2, 4, 4)
+    return tuple((torch.atan2(sines[:, 0], cosines[:, 0]) / math.pi).tolist())
 
 
 def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):
@@ -250,7 +264,7 @@ def covers(box, x: float, y: float, margin: float = 0) -> bool:
 def written(tmp_path_factory) -> Path:
     """A data set of 24 scenes on disk."""
     folder = tmp_path_factory.mktemp("data") / "stage"
-    return samples.write_samples(folder, World(), size=24, seed=3, caption_share=0.25)
+    return samples.write_samples(folder, World(), size=24, seed=3, mix=MIX)
 
 
 def said_in(row: dict) -> list[str]:
@@ -286,7 +300,7 @@ def test_a_data_set_is_read_as_training_reads_it(written, tmp_path, form):
 def test_data_sets_by_seed_and_size(written, tmp_path):
     """The same seed writes the same again, over what was there; another one writes other scenes."""
     first, counts = load_training_data(written), []
-    kwargs = {"caption_share": 0.25, "on_scene": counts.append}
+    kwargs = {"mix": MIX, "on_scene": counts.append}
     for seed, same in ((4, False), (3, True), ([3, 1], False)):
         samples.write_samples(tmp_path / "again", World(), size=24, seed=seed, **kwargs)
         again = load_training_data(tmp_path / "again")
@@ -294,7 +308,7 @@ def test_data_sets_by_seed_and_size(written, tmp_path):
         assert ([row[0]["bytes"] for row in again["images"]] == [row[0]["bytes"] for row in first["images"]]) == same
     assert counts == sorted(counts[:1] * 3) and counts[0] == 24
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
-    (row,) = samples.sample_rows(World(), size=1, seed=4, caption_share=1.0, side=128)
+    (row,) = samples.sample_rows(World(), size=1, seed=4, mix=language.Mix(1, 0, 0), side=128)
     assert Image.open(io.BytesIO(row["images"][0]["bytes"])).size == (128, 128) and len(row["messages"]) == 2
 
 

@@ -24,6 +24,7 @@ from convllava_hf.miniature.world import COLORS, SHAPES, Scene, Sign, Thing, Wor
 
 
 SMALL = World(thing_sizes=(2, 4), sign_sizes=(2, 3))
+MIX = language.Mix(captions=0.2, grounded_captions=0.2, boxes=0.3)
 
 
 def scenes(count: int, split: str = "train", seed: int = 0, world: World | None = None) -> list[Scene]:
@@ -141,7 +142,7 @@ def test_the_same_seed_gives_the_same_world_in_another_process():
 
         rng, told = np.random.default_rng(3), hashlib.sha256()
         for scene in itertools.islice(World().scenes("train", 9), 40):
-            told.update(repr((scene, language.conversation(scene, rng, 0.3))).encode())
+            told.update(repr((scene, language.conversation(scene, rng, language.Mix(0.2, 0.2, 0.3)))).encode())
             told.update(drawing.draw(scene).tobytes())
         told.update(make_tokenizer().backend_tokenizer.to_str().encode())
         result = told.hexdigest()
@@ -150,7 +151,7 @@ def test_the_same_seed_gives_the_same_world_in_another_process():
 
     rng, told = np.random.default_rng(3), hashlib.sha256()
     for scene in scenes(40, seed=9):
-        told.update(repr((scene, language.conversation(scene, rng, 0.3))).encode())
+        told.update(repr((scene, language.conversation(scene, rng, MIX))).encode())
         told.update(drawing.draw(scene).tobytes())
     told.update(make_tokenizer().backend_tokenizer.to_str().encode())
     assert run_fresh(script, package=True, env={"PYTHONHASHSEED": "123"}) == told.hexdigest()
@@ -172,8 +173,9 @@ def test_answers_follow_from_the_picture():
             kinds[question.kind] += 1
             assert answer_of(question.text, things, scene.sign.digit) == question.answer, question
         everything = [*things, Seen("", "sign", see_sign(picture))]
-        ((prompt, caption),) = language.conversation(scene, rng, 1.0)
-        assert answer_of(prompt, everything, scene.sign.digit) == caption
+        for mix in (language.Mix(1, 0, 0), language.Mix(0, 1, 0)):
+            ((prompt, caption),) = language.conversation(scene, rng, mix)
+            assert answer_of(prompt, everything, scene.sign.digit) == caption
         cells = ["ground"] * 16
         for thing in everything:
             row, column = place(thing.box, 256)
@@ -192,28 +194,38 @@ def test_questions_come_in_the_order_of_their_kinds(asked):
     assert set(asked) == set(language.KINDS)
 
 
-def test_conversations_are_captions_or_questions_with_boxes_last():
+def test_conversations_are_captions_or_boxes_or_questions():
     """Whoever has been asked for a thing's box need not look to know that it is there."""
     scene = next(scene for scene in scenes(50) if len(scene.things) == 3)
-    boxes = {f"Give the bounding box of the {thing.color} {thing.shape}." for thing in scene.things}
+    boxes = sorted(f"Give the bounding box of the {thing.color} {thing.shape}." for thing in scene.things)
     kinds = [question.text for question in language.questions(scene, np.random.default_rng(0))]
     others = sorted(text[:8] for text in kinds if not text.startswith("Give"))
-    rng, number = np.random.default_rng(0), 2000
-    said = [[prompt for prompt, _ in language.conversation(scene, rng, 0.3, 0.6)] for _ in range(number)]
-    captions = said.count(["Describe the picture."])
-    assert abs(captions / number - 0.3) < 4.5 * math.sqrt(0.3 * 0.7 / number)
-    orders_of_boxes, orders = Counter(), Counter()
-    for prompts in said:
-        if prompts != ["Describe the picture."]:
-            first, last = prompts[: len(others)], prompts[len(others) :]
-            assert sorted(prompt[:8] for prompt in first) == others
-            assert not last or (set(last) == boxes and len(last) == len(boxes))
-            orders[tuple(prompt[:8] for prompt in first)] += 1
-            orders_of_boxes[tuple(last)] += 1
-    share, asked = orders_of_boxes.pop(()), number - captions
-    assert abs(share / asked - 0.4) < 4.5 * math.sqrt(0.4 * 0.6 / asked)
-    assert len(orders_of_boxes) == math.factorial(len(boxes))  # in any order, as are the others
-    assert len(orders) == math.factorial(len(others))
+    rng, number = np.random.default_rng(0), 3000
+    about, orders = Counter(), defaultdict(set)
+    for _ in range(number):
+        prompts = [prompt for prompt, _ in language.conversation(scene, rng, MIX)]
+        if prompts[0].startswith("Describe"):
+            (what,) = prompts
+        elif prompts[0].startswith("Give"):
+            what = "boxes"
+            assert sorted(prompts) == boxes
+        else:
+            what = "questions"
+            prompts = [prompt[:8] for prompt in prompts]  # what they ask for is drawn anew
+            assert sorted(prompts) == others
+        about[what] += 1
+        orders[what].add(tuple(prompts))
+    shares = {
+        "Describe the picture.": 0.2,
+        "Describe the picture with bounding boxes.": 0.2,
+        "boxes": 0.3,
+        "questions": 0.3,
+    }
+    assert set(about) == set(shares)
+    for what, share in shares.items():
+        assert abs(about[what] / number - share) < 4.5 * math.sqrt(share * (1 - share) / number), what
+    assert len(orders["boxes"]) == math.factorial(len(boxes))  # in any order
+    assert len(orders["questions"]) == math.factorial(len(others))
 
 
 CLASSES = {"reading": 10, "color": 6, "shape": 5, "presence": 2, "count": 3}
@@ -259,7 +271,7 @@ def best_constant_box(asked) -> tuple[float, int]:
 
 def test_no_constant_box_is_right_often(asked):
     share, number = best_constant_box(asked)
-    assert share < 0.08 + 4.5 * math.sqrt(0.08 * 0.92 / number)
+    assert share < 0.06 + 4.5 * math.sqrt(0.06 * 0.94 / number)
 
 
 def test_half_of_what_is_absent_is_made_of_what_is_there(asked):
