@@ -365,7 +365,8 @@ def _pad_to_common_size(pictures: list[np.ndarray]) -> list[np.ndarray]:
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
     values = 3 * height * width * len(pictures)
     if values > _MOST_VALUES and values > 8 * sum(picture.size for picture in pictures):
-        low, high = (shape(picture.shape[1:] for picture in pictures) for shape in (min, max))
+        shapes = [picture.shape[1:] for picture in pictures]
+        low, high = min(shapes), max(shapes)
         raise ValueError(
             f"Pictures of {low[0]} x {low[1]} and {high[0]} x {high[1]} pixels (height x width) in one call would be "
             f"padded to {height} x {width} each, {4 * values / 2**30:.0f} GiB in all. Pass them in calls of their "

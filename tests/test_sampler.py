@@ -156,8 +156,9 @@ def test_little_is_padded_around_pictures_and_after_texts(batch, device, around,
 
 
 def test_pictures_of_one_shape_are_ordered_by_length_as_without_shapes():
-    sampler = make_shaped(1000, 77, 16, shapes=[(12, 12)])
-    sampler.shapes = [(12, 12) if has else (0, 0) for has in sampler.has_picture]
+    drawn = make_shaped(1000, 77, 16)
+    shapes = [(12, 12) if has else (0, 0) for has in drawn.has_picture]
+    sampler = ModalityLengthSampler(drawn.lengths, drawn.has_picture, 16, 0, shapes)
     plain = ModalityLengthSampler(sampler.lengths, sampler.has_picture, 16, 0)
     assert list(sampler) == list(plain)
 

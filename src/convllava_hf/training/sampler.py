@@ -1,7 +1,6 @@
 """The order of samples: batches of one modality, of pictures of similar shapes, and of similar lengths."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -52,6 +51,9 @@ class ModalityLengthSampler(Sampler[int]):
         self.lengths = lengths
         self.has_picture = has_picture
         self.shapes = shapes
+        if shapes is not None:
+            self._extents = [rows for rows, _ in shapes], [columns for _, columns in shapes], list(lengths)
+            self._orders = _orders(self._extents)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -93,31 +95,34 @@ class ModalityLengthSampler(Sampler[int]):
     def _arranged(self, group: list[int]) -> list[int]:
         """Whole steps of samples of one modality such that neighbours are alike."""
         if self.shapes is None or not self.has_picture[group[0]]:
-            return self._sorted(group, lambda index: self.lengths[index])
+            return sorted(group, key=self.lengths.__getitem__, reverse=True)
         return self._halved(group, self.batch_size)
 
     def _halved(self, indices: list[int], unit: int) -> list[int]:
         """Halves and halves of halves, in whole units, of the likes of samples with pictures."""
         if len(indices) <= unit:
             if unit <= _PADDED_TOGETHER or len(indices) <= _PADDED_TOGETHER:
-                return self._sorted(indices, lambda index: self.lengths[index])
+                return sorted(indices, key=self.lengths.__getitem__, reverse=True)
             unit = _PADDED_TOGETHER
         middle = -(-len(indices) // unit // 2) * unit
         halves = []
-        for key in (
-            lambda index: (self.shapes[index], self.lengths[index]),
-            lambda index: (self.shapes[index][::-1], self.lengths[index]),
-            lambda index: (self.lengths[index], self.shapes[index]),
-        ):
-            ordered = self._sorted(indices, key)
+        for order in self._orders:
+            ordered = sorted(indices, key=order.__getitem__, reverse=True)
             halves.append((ordered[:middle], ordered[middle:]))
-        first, second = min(halves, key=lambda pair: sum(self._padded(half) for half in pair))
+        first, second = min(halves, key=lambda pair: sum(map(self._padded, pair)))
         return self._halved(first, unit) + self._halved(second, unit)
 
     def _padded(self, batch: list[int]) -> int:
         """Tokens that tower and language model would see of a batch; one costs either of them about as much."""
-        rows, columns = (max(self.shapes[index][axis] for index in batch) for axis in (0, 1))
-        return len(batch) * (rows * columns + max(self.lengths[index] for index in batch))
+        rows, columns, length = (max(map(values.__getitem__, batch)) for values in self._extents)
+        return len(batch) * (rows * columns + length)
 
-    def _sorted(self, indices: list[int], key: Callable[[int], Any]) -> list[int]:
-        return sorted(indices, key=key, reverse=True)
+
+def _orders(extents: tuple[list[int], list[int], list[int]]) -> list[list[int]]:
+    """Numbers that put samples in order by rows, by columns and by length, whose ties the other two decide."""
+    bases = [max(values, default=0) + 1 for values in extents]
+    orders = []
+    for first, second, third in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
+        columns = zip(extents[first], extents[second], extents[third], strict=True)
+        orders.append([(a * bases[second] + b) * bases[third] + c for a, b, c in columns])
+    return orders
