@@ -62,6 +62,7 @@ def contest(
                 for index, task in enumerate(tasks[contender.name]):
                     answer = contender.ask(task)
                     answers.setdefault((contender.name, index), []).append(answer)
+                    note(f"{contender.name}, {json.dumps(task)}: {answer['seconds']:.2f} s")
             note(f"round {number + 1} of {rounds}: {time.perf_counter() - start:.0f} s")
         return [
             {"name": one.name, "task": task, "weights": one.ready["weights"], **middle(answers[one.name, index])}

@@ -585,22 +585,24 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         ids = inputs.get("input_ids")
-        tokens = self._given_visual_tokens(inputs)
-        if ids is not None and tokens is not None:
+        if inputs.get("pixel_values") is None and inputs.get("image_hidden_states") is None:
+            return inputs
+        if kwargs.get("is_first_iteration") is False and kwargs.get("use_cache", True):
+            # transformers 5 says so; a look at the ids would wait for the device in every step.
+            inputs.update(pixel_values=None, image_sizes=None, image_hidden_states=None)
+        elif ids is not None:
             places = int((ids == self.config.image_token_id).sum())
             # transformers 4 hands pictures on in every step, also to guessed tokens that repeat a placeholder.
             goes_on = (cache_position := kwargs.get("cache_position")) is not None and cache_position[0] != 0
-            if not places or (goes_on and places != tokens):
+            if not places or (goes_on and places != self._given_visual_tokens(inputs)):
                 inputs.update(pixel_values=None, image_sizes=None, image_hidden_states=None)
         return inputs
 
-    def _given_visual_tokens(self, inputs: dict) -> int | None:
-        """How many visual tokens the pictures among a step's inputs have; `None` without any."""
+    def _given_visual_tokens(self, inputs: dict) -> int:
+        """How many visual tokens the pictures among the inputs have, encoded before or not."""
         if (encoded := inputs.get("image_hidden_states")) is not None:
             return len(encoded)
-        if (pixel_values := inputs.get("pixel_values")) is not None:
-            return sum(self._visual_tokens(pixel_values, inputs.get("image_sizes")))
-        return None
+        return sum(self._visual_tokens(inputs["pixel_values"], inputs.get("image_sizes")))
 
     def _visual_tokens(self, pixel_values: torch.Tensor, image_sizes) -> list[int]:
         """How many visual tokens each picture has."""
