@@ -169,7 +169,7 @@ def test_right_answers_score_in_full(run, scripted, tmp_path):
     full = {"textvqa": 100, "vqav2": 100, "mme": 400}  # two of MME's perception categories
     scripted(lambda sample: "sign" if len(sample.answers) == 10 else sample.answers[0])
     for name in set(BENCHMARKS) - {"refcoco", "refcoco+", "refcocog"}:
-        _, record, _ = run(name, make(name, tmp_path / name, samples=12))
+        _, record, _ = run(name, make(name, tmp_path / name, samples=6))
         assert record["score"] == full.get(name, 100), name
         assert record["failures"] == 0 and record["counts"]["scored"] == record["samples"]
 
@@ -305,6 +305,9 @@ def test_another_run_in_the_same_folder_is_refused(run, scripted, tmp_path, chec
         BENCHMARKS["pope"], model, assistant.processor, tmp_path / "out", path, overwrite=True, progress=False
     )
     assert record["samples"] == 7
+    (tmp_path / "out" / "ai2d").mkdir()
+    (tmp_path / "out" / "ai2d" / ".run.json.0a1b.partial").write_text("{")  # a kill at the very beginning
+    assert run("ai2d", make("ai2d", tmp_path / "data"))[1]["score"] == 100
     (tmp_path / "out" / "mme").mkdir()
     (tmp_path / "out" / "mme" / "mine.txt").write_text("no run")
     for overwrite in (False, True):
