@@ -93,13 +93,14 @@ class Settings:
 class Model:
     """The model that is asked: `source` is its folder or id, `load` loads it, which is left until there is a question.
 
-    `dtype`, `quantization`: in which it is loaded.
+    `dtype`, `quantization`: in which it is loaded. `device`: as the record names it.
     """
 
     source: str
     load: Callable[[], Assistant]
     dtype: torch.dtype
     quantization: str | None = None
+    device: str = "cpu"
 
 
 def join_processes(device: str | None = None) -> PartialState:
@@ -166,7 +167,12 @@ def evaluate(
     if state.is_main_process:
         rows = unite(folder, plan.ids)
         example = _example(processor, plan, settings.choice == "likelihood")
-        about = {"example_prompt": example, "batch_size": settings.batch_size, "processes": state.num_processes}
+        about = {
+            "example_prompt": example,
+            "batch_size": settings.batch_size,
+            "device": model.device,
+            "processes": state.num_processes,
+        }
         record = make_record(benchmark, plan, [rows[name] for name in plan.ids], run, about)
         unite(folder, plan.ids, left_out=ids_left_out(benchmark, plan, rows))
         write_record(folder, record)
