@@ -1,5 +1,9 @@
-"""lmms-eval asks our model, offline, tasks on local parquet files: `make test-lmms-eval`."""
+"""lmms-eval asks our model, offline, tasks on local parquet files: `make test-lmms-eval`.
 
+What it must come to is worked out with `Assistant.answer` alone, one question at a time.
+"""
+
+import inspect
 import json
 import os
 import subprocess
@@ -8,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ask, make_picture
+from test_readme import commands
 
+from convllava_hf.cli import main
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.evaluation.batches import likelihoods
 from convllava_hf.evaluation.metrics import textvqa_accuracy
@@ -73,7 +79,7 @@ task: tiny_textvqa
 output_type: generate_until
 doc_to_text: !function tiny_tasks.question
 doc_to_target: answer
-generation_kwargs: {max_new_tokens: 8, temperature: 0}
+generation_kwargs: {max_new_tokens: 32, temperature: 0}
 process_results: !function tiny_tasks.score
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
@@ -110,8 +116,8 @@ def rows(assistant) -> list[dict]:
     """Seven questions of different lengths, some answered just as the model will, by some of ten people."""
     rows = []
     for number in range(7):
-        picture, question = make_picture(60 + 7 * number, 80, seed=number), "what is this" + " really" * (number % 3)
-        answer = assistant.answer([user_turn(question.capitalize() + SHORT, [picture])], max_new_tokens=8).text
+        picture, question = make_picture(60 + 7 * number, 80, seed=number), "What is this" + " really" * (number % 3)
+        answer = assistant.answer([user_turn(question + SHORT, [picture])], max_new_tokens=32).text
         found = likelihoods(assistant, [ask(question, picture)] * 4, OPTIONS)
         best = min(range(4), key=lambda index: found[index].loss)
         agreed = 3 * number % 11
@@ -124,7 +130,8 @@ def rows(assistant) -> list[dict]:
                 "said": answer,
                 "answers": [answer] * agreed + ["no"] * (10 - agreed),
                 "options": OPTIONS,
-                "gold": OPTIONS[best if number % 2 else (best + 1) % 4],
+                "answer": (right := best if number % 2 else (best + 1) % 4),
+                "gold": OPTIONS[right],
                 "right": number % 2,
             }
         )
@@ -188,7 +195,7 @@ def test_command_gives_the_score_of_our_metric(command_results, rows):
     (samples,) = command_results["folder"].glob("*_samples_tiny_textvqa.jsonl")
     logged = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [sample["filtered_resps"] for sample in logged] == [row["said"].strip() for row in rows]
-    assert [sample["token_counts"][0]["output_tokens"] for sample in logged] == [8] * len(rows)
+    assert [sample["token_counts"][0]["output_tokens"] for sample in logged] == [32] * len(rows)
 
 
 def test_command_asks_in_rounds(command_results, rounds):
@@ -206,7 +213,7 @@ def test_simple_kind_gives_the_same_and_weighs_options(checkpoint, tasks, rows, 
         model="convllava",
         model_args=f"pretrained={checkpoint},dtype=float32,device=cpu",
         tasks=["tiny_textvqa", "tiny_rounds", "tiny_choice"],
-        task_manager=TaskManager(include_path=str(tasks), model_name="convllava"),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False, model_name="convllava"),
         batch_size=4,
         force_simple=True,
         bootstrap_iters=0,
@@ -214,6 +221,19 @@ def test_simple_kind_gives_the_same_and_weighs_options(checkpoint, tasks, rows, 
     assert results["tiny_textvqa"]["exact_match,none"] == pytest.approx(_expected_score(rows))
     assert results["tiny_rounds"]["said,none"] == _listed(rounds)
     assert results["tiny_choice"]["acc,none"] == pytest.approx(sum(row["right"] for row in rows) / len(rows))
+
+
+def test_our_own_command_gives_the_same_scores(command_results, checkpoint, tasks, rows, tmp_path, capsys):
+    data = ["--data", str(tasks / "validation.parquet"), "--output", str(tmp_path), "--json"]
+    given = [str(checkpoint), "--dtype", "float32", "--device", "cpu", "--batch-size", "4", *data]
+    assert main(["eval", *given, "--benchmark", "textvqa"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    score = command_results["results"]["tiny_textvqa"]["exact_match,none"]
+    assert record["score"] == pytest.approx(100 * score, abs=1e-4) and record["counts"]["answered"] == len(rows)
+    # lmms-eval's score by likelihood is held to the same share of right ones in the test above.
+    assert main(["eval", *given, "--benchmark", "ai2d", "--split", "validation", "--choice", "likelihood"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["score"] == pytest.approx(100 * sum(row["right"] for row in rows) / len(rows), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +292,18 @@ def test_what_cannot_be_asked_is_refused(chat_model, checkpoint):
         chat_model.loglikelihood([_request(chat_model, _said("?"), {})])
     with pytest.raises(ConvLlavaError, match="batch_size is 'auto'"):
         type(chat_model)(str(checkpoint), batch_size="auto")
+
+
+def test_commands_of_the_readme_are_understood(monkeypatch):
+    from lmms_eval.__main__ import parse_eval_args
+    from lmms_eval.models import get_model
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import simple_parse_args_string
+
+    tasks = set(TaskManager().all_tasks)
+    for argv in commands("lmms-eval"):
+        monkeypatch.setattr(sys, "argv", ["lmms-eval", *argv])
+        _, args = parse_eval_args()
+        model = get_model(args.model, args.force_simple)
+        inspect.signature(model).bind(**simple_parse_args_string(args.model_args), batch_size=args.batch_size)
+        assert set(args.tasks.split(",")) <= tasks, argv

@@ -1,0 +1,29 @@
+"""Accuracy of boxes at an IoU of 0.5: RefCOCO, RefCOCO+, RefCOCOg.
+
+`references` are left, top, right and bottom in pixels, `widths` and `heights` those of the pictures. Predictions are
+texts; the first box in one counts, in fractions or thousandths of the square that the picture was padded to, or of the
+picture itself with `padded=False`.
+"""
+
+from convllava_hf.evaluation import evaluate_base, metrics
+
+
+class BoxAccuracy(evaluate_base.Module):
+    description = __doc__
+    columns = {
+        "predictions": evaluate_base.TEXT,
+        "references": evaluate_base.NUMBERS,
+        "widths": evaluate_base.NUMBER,
+        "heights": evaluate_base.NUMBER,
+    }
+
+    def _compute(self, predictions, references, widths, heights, padded=True):
+        found = 0
+        for prediction, truth, width, height in zip(predictions, references, widths, heights, strict=True):
+            for box in metrics.parse_boxes(prediction)[:1]:
+                box = metrics.to_unit_box(box)
+                box = metrics.undo_square_padding(box, width, height) if padded else box
+                left, top, right, bottom = truth
+                unit = (left / width, top / height, right / width, bottom / height)
+                found += metrics.box_iou(box, unit) >= 0.5
+        return {self.name: found / len(predictions)}
