@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from convllava_hf.evaluation.comparison import compare  # noqa: E402
 from convllava_hf.evaluation.gallery import OF_EACH, chosen, read_gallery, save_gallery  # noqa: E402
 from convllava_hf.evaluation.paper import PAPER, REFCOCO_SPLITS, refcoco_average  # noqa: E402
 from convllava_hf.evaluation.report import report_page, write_report  # noqa: E402
-from convllava_hf.evaluation.runner import Model, Settings, evaluate  # noqa: E402
+from convllava_hf.evaluation.runner import Model, evaluate  # noqa: E402
 from convllava_hf.inference import load  # noqa: E402
 from convllava_hf.publish.results import PAPER_BENCHMARKS  # noqa: E402
 
@@ -37,23 +38,28 @@ def assistant(checkpoint):
     return load(checkpoint, device="cpu", dtype="float32")
 
 
-@pytest.fixture
-def run(checkpoint, assistant, tmp_path, monkeypatch):
-    """A function: a run whose answers are made up by sample, with its gallery."""
+@pytest.fixture(scope="module")
+def run_in(checkpoint, assistant):
+    """A function: a run whose answers are made up by sample, with its gallery, in an output folder."""
 
-    def evaluated(name: str, path: Path, output: str, answer, **settings) -> Path:
+    def evaluated(output: Path, name: str, path: Path, answer) -> Path:
         def ask(self, batch):
             return [Reply(answer(sample), 10, 4, 1) for sample in batch.samples]
 
-        monkeypatch.setattr(Asker, "ask", ask)
         model = Model(str(checkpoint), lambda: assistant, torch.float32)
-        folder, _, source = evaluate(
-            BENCHMARKS[name], model, assistant.processor, tmp_path / output, path, Settings(**settings)
-        )
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(Asker, "ask", ask)
+            folder, _, source = evaluate(BENCHMARKS[name], model, assistant.processor, output, path)
         save_gallery(folder, source)
         return folder
 
     return evaluated
+
+
+@pytest.fixture
+def run(run_in, tmp_path):
+    """The same in a folder of the test's own."""
+    return lambda name, path, output, answer: run_in(tmp_path / output, name, path, answer)
 
 
 # --- comparing
@@ -154,18 +160,20 @@ class Page(HTMLParser):
         ]
 
 
-@pytest.fixture
-def reported(run, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def reported(run_in, tmp_path_factory) -> Path:
     """An output folder of three runs: with boxes, with failures, and with text that means to break out."""
+    folder = tmp_path_factory.mktemp("reported")
     rows = [ROWS["refcoco"](index) for index in range(4)]
-    run("refcoco", save(rows, tmp_path / "boxes.parquet"), "out", lambda sample: "[0.30, 0.20, 0.60, 0.60]")
+    boxes = save(rows, folder / "boxes.parquet")
+    run_in(folder / "out", "refcoco", boxes, lambda sample: "[0.30, 0.20, 0.60, 0.60]")
     rows = [ROWS["textvqa"](index) for index in range(20)]
     rows[3]["image"] = {"bytes": b"broken", "path": "<script>.png"}
     said = "<script>alert(1)</script> & \x1b[31m"
-    path = save(rows, tmp_path / "text.parquet")
-    run("textvqa", path, "out", lambda sample: "sign" if int(sample.id) % 2 else said)
-    run("pope", make("pope", tmp_path / "data", samples=9), "out", lambda sample: "Yes, there is.")
-    return tmp_path / "out"
+    texts = save(rows, folder / "text.parquet")
+    run_in(folder / "out", "textvqa", texts, lambda sample: "sign" if int(sample.id) % 2 else said)
+    run_in(folder / "out", "pope", make("pope", folder / "data", samples=9), lambda sample: "Yes, there is.")
+    return folder / "out"
 
 
 def test_the_page_holds_everything_itself(reported):
@@ -212,9 +220,10 @@ def test_the_gallery_is_spread_and_the_same_each_time():
     assert chosen(rows[:3], 4) == [rows[0], rows[1], rows[2]]
 
 
-def test_a_run_without_a_gallery_has_a_page(reported):
-    (reported / "pope" / "gallery.json").unlink()
-    assert "POPE" in write_report(reported).read_text(encoding="utf-8")
+def test_a_run_without_a_gallery_has_a_page(reported, tmp_path):
+    shutil.copytree(reported, tmp_path / "out")
+    (tmp_path / "out" / "pope" / "gallery.json").unlink()
+    assert "POPE" in write_report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_the_papers_figures_are_those_of_the_readme():

@@ -3,6 +3,7 @@
 What it must come to is worked out with `Assistant.answer` alone, one question at a time.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ask, make_picture
+from test_readme import commands
 
 from convllava_hf.cli import main
 from convllava_hf.errors import ConvLlavaError
@@ -211,7 +213,7 @@ def test_simple_kind_gives_the_same_and_weighs_options(checkpoint, tasks, rows, 
         model="convllava",
         model_args=f"pretrained={checkpoint},dtype=float32,device=cpu",
         tasks=["tiny_textvqa", "tiny_rounds", "tiny_choice"],
-        task_manager=TaskManager(include_path=str(tasks), model_name="convllava"),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False, model_name="convllava"),
         batch_size=4,
         force_simple=True,
         bootstrap_iters=0,
@@ -290,3 +292,18 @@ def test_what_cannot_be_asked_is_refused(chat_model, checkpoint):
         chat_model.loglikelihood([_request(chat_model, _said("?"), {})])
     with pytest.raises(ConvLlavaError, match="batch_size is 'auto'"):
         type(chat_model)(str(checkpoint), batch_size="auto")
+
+
+def test_commands_of_the_readme_are_understood(monkeypatch):
+    from lmms_eval.__main__ import parse_eval_args
+    from lmms_eval.models import get_model
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import simple_parse_args_string
+
+    tasks = set(TaskManager().all_tasks)
+    for argv in commands("lmms-eval"):
+        monkeypatch.setattr(sys, "argv", ["lmms-eval", *argv])
+        _, args = parse_eval_args()
+        model = get_model(args.model, args.force_simple)
+        inspect.signature(model).bind(**simple_parse_args_string(args.model_args), batch_size=args.batch_size)
+        assert set(args.tasks.split(",")) <= tasks, argv

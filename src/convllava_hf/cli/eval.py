@@ -92,6 +92,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     import json
     import logging
 
+    import torch
+
     from ..evaluation.benchmarks import find_benchmark
     from ..evaluation.runner import Model, Settings, evaluate, join_processes
     from ..inference import choose_device, choose_dtype, load_processor
@@ -110,7 +112,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.device = str(state.device)
     device = choose_device(args.device)
     dtype = choose_dtype(device, args.dtype)
-    model = Model(args.model, functools.cache(lambda: load_assistant(args)), dtype, args.quantization)
+    model = Model(
+        args.model,
+        functools.cache(lambda: load_assistant(args)),
+        dtype,
+        args.quantization,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    )
     records = []
     for benchmark, path in zip(benchmarks, data, strict=True):
         folder, record, source = evaluate(

@@ -1,15 +1,19 @@
 """Asks a model a batch of questions: greedy answers, or the likelihood of each option."""
 
 import copy
+import io
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..errors import first_line
 from ..inference import GREEDY, Assistant, assistant_turn, prompt_inputs
+from ..modeling.processing_convllava import ConvLlavaProcessor
 from .judging import Seen
 from .samples import MissingValueError, Sample
 from .sources import Failure, Source
@@ -58,6 +62,14 @@ class Asker:
     max_new_tokens: int
     likelihood: bool = False
     images_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _of_thread: threading.local = field(default_factory=threading.local, repr=False)
+
+    @property
+    def _processor(self) -> ConvLlavaProcessor:
+        """A processor of this thread's own: a fast tokenizer cannot be set to pad while another thread uses it."""
+        if not hasattr(self._of_thread, "processor"):
+            self._of_thread.processor = copy.deepcopy(self.assistant.processor)
+        return self._of_thread.processor
 
     def prepare(self, samples: Sequence[Sample]) -> Batch:
         """Opens pictures and makes the model's inputs; may run in a thread of its own. Failures are set apart."""
@@ -65,7 +77,7 @@ class Asker:
         conversations = []
         for sample in samples:
             try:
-                picture = self.assistant.processor.image_processor.fetch_images(self.source.picture_of(sample))
+                picture = self._processor.image_processor.fetch_images(self.source.picture_of(sample))
                 seen = self._seen(picture)
             except MissingValueError as error:
                 batch.failures[sample.id] = Failure("missing value", str(error))
@@ -105,7 +117,7 @@ class Asker:
 
     def lengths(self, samples: Sequence[Sample]) -> list[int]:
         """Tokens of each question, visual ones included where pictures have different numbers of them."""
-        processor = self.assistant.processor
+        processor = self._processor
         encoded = processor.tokenizer([self._words(sample) for sample in samples], add_special_tokens=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if self._mode == "pad":
@@ -118,13 +130,15 @@ class Asker:
         return self.images_kwargs.get("image_aspect_ratio") or own
 
     def _visual_tokens(self, sample: Sample) -> int:
-        processor = self.assistant.processor
+        """By the file's header alone."""
         try:
-            picture = processor.image_processor.fetch_images(self.source.picture_of(sample))
+            given = self.source.picture_of(sample)
+            with Image.open(io.BytesIO(given["bytes"]) if given["bytes"] else given["path"]) as picture:
+                size = (picture.height, picture.width)
         except _UNREADABLE:
             return 0  # what is wrong with it is told when it is asked about
-        size = [(picture.height, picture.width)]
-        return processor._get_num_multimodal_tokens(image_sizes=size, **self.images_kwargs).num_image_tokens[0]
+        counted = self._processor._get_num_multimodal_tokens(image_sizes=[size], **self.images_kwargs)
+        return counted.num_image_tokens[0]
 
     def _words(self, sample: Sample) -> str:
         return sample.stem if self.likelihood and sample.choices else sample.prompt
@@ -136,10 +150,9 @@ class Asker:
 
     def _encode(self, batch: Batch, conversations: list[list[dict]]) -> None:
         """Fills `inputs`, and leaves out samples whose picture cannot be decoded after all, or which are too long."""
-        processor = self.assistant.processor
         while conversations:
             try:
-                inputs = prompt_inputs(processor, conversations, self.images_kwargs)
+                inputs = prompt_inputs(self._processor, conversations, self.images_kwargs)
             except _UNREADABLE:
                 if self._drop_unreadable(batch, conversations):
                     continue
@@ -165,7 +178,7 @@ class Asker:
         bad = []
         for index, conversation in enumerate(conversations):
             try:
-                prompt_inputs(self.assistant.processor, [conversation], self.images_kwargs)
+                prompt_inputs(self._processor, [conversation], self.images_kwargs)
             except _UNREADABLE as error:
                 batch.failures[batch.samples[index].id] = Failure("picture", first_line(error))
                 bad.append(index)
@@ -173,7 +186,7 @@ class Asker:
         return bad
 
     def _add_options(self, batch: Batch) -> None:
-        processor = self.assistant.processor
+        processor = self._processor
         for sample in batch.samples:
             question = [user_question(sample.stem, None)]
             prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)

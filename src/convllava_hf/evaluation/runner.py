@@ -93,13 +93,14 @@ class Settings:
 class Model:
     """The model that is asked: `source` is its folder or id, `load` loads it, which is left until there is a question.
 
-    `dtype`, `quantization`: in which it is loaded.
+    `dtype`, `quantization`: in which it is loaded. `device`: as the record names it.
     """
 
     source: str
     load: Callable[[], Assistant]
     dtype: torch.dtype
     quantization: str | None = None
+    device: str = "cpu"
 
 
 def join_processes(device: str | None = None) -> PartialState:
@@ -166,7 +167,12 @@ def evaluate(
     if state.is_main_process:
         rows = unite(folder, plan.ids)
         example = _example(processor, plan, settings.choice == "likelihood")
-        about = {"example_prompt": example, "batch_size": settings.batch_size, "processes": state.num_processes}
+        about = {
+            "example_prompt": example,
+            "batch_size": settings.batch_size,
+            "device": model.device,
+            "processes": state.num_processes,
+        }
         record = make_record(benchmark, plan, [rows[name] for name in plan.ids], run, about)
         unite(folder, plan.ids, left_out=ids_left_out(benchmark, plan, rows))
         write_record(folder, record)
@@ -221,12 +227,12 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
     """
     path = folder / RUN_FILE
     if folder.exists() and overwrite:
-        if any(folder.iterdir()) and not path.exists():
+        if _holds_files(folder) and not path.exists():
             raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: it is left alone.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        if any(folder.iterdir()):
+        if _holds_files(folder):
             raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: name another --output.")
         write_whole(path, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
         return
@@ -240,6 +246,11 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
             f"{str(folder)!r} holds a run that differs in {', '.join(differing)}: {key} was {before.get(key)!r} and "
             f"is {run[key]!r}. Name another --output, or begin anew by --overwrite."
         )
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there are files, but for those that a kill in the midst of writing has left."""
+    return any(path.suffix != ".partial" for path in folder.iterdir())
 
 
 def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: Settings, progress: bool) -> None:
