@@ -100,7 +100,8 @@ def measure(source: str, data: Path, folder: Path, arguments: argparse.Namespace
     """Seconds of each round, by the clock and of the CPUs."""
     from convllava_hf.evaluation.benchmarks import BENCHMARKS
     from convllava_hf.evaluation.journal import read_rows
-    from convllava_hf.evaluation.runner import Model, Settings, evaluate
+    from convllava_hf.evaluation.runner import evaluate
+    from convllava_hf.evaluation.runs import Model, Settings
     from convllava_hf.inference import load
 
     assistant = load(source)

@@ -28,7 +28,8 @@ from convllava_hf.evaluation.comparison import compare  # noqa: E402
 from convllava_hf.evaluation.gallery import OF_EACH, chosen, read_gallery, save_gallery  # noqa: E402
 from convllava_hf.evaluation.paper import PAPER, REFCOCO_SPLITS, refcoco_average  # noqa: E402
 from convllava_hf.evaluation.report import report_page, write_report  # noqa: E402
-from convllava_hf.evaluation.runner import Model, evaluate  # noqa: E402
+from convllava_hf.evaluation.runner import evaluate  # noqa: E402
+from convllava_hf.evaluation.runs import Model  # noqa: E402
 from convllava_hf.inference import load  # noqa: E402
 from convllava_hf.publish.results import PAPER_BENCHMARKS  # noqa: E402
 

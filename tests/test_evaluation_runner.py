@@ -26,7 +26,8 @@ from convllava_hf.evaluation.benchmarks import BENCHMARKS  # noqa: E402
 from convllava_hf.evaluation.journal import Journal, read_rows, unite  # noqa: E402
 from convllava_hf.evaluation.judging import Seen  # noqa: E402
 from convllava_hf.evaluation.metrics import textvqa_accuracy  # noqa: E402
-from convllava_hf.evaluation.runner import Model, Settings, evaluate  # noqa: E402
+from convllava_hf.evaluation.runner import evaluate  # noqa: E402
+from convllava_hf.evaluation.runs import Model, Settings  # noqa: E402
 from convllava_hf.evaluation.samples import Sample  # noqa: E402
 from convllava_hf.evaluation.sources import open_source, plan_samples  # noqa: E402
 from convllava_hf.inference import load, prompt_inputs  # noqa: E402

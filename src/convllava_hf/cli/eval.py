@@ -95,7 +95,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
     from ..evaluation.benchmarks import find_benchmark
-    from ..evaluation.runner import Model, Settings, evaluate, join_processes
+    from ..evaluation.runner import evaluate, join_processes
+    from ..evaluation.runs import Model, Settings
     from ..inference import choose_device, choose_dtype, load_processor
 
     benchmarks = [find_benchmark(name) for name in args.benchmark.split(",") if name.strip()]

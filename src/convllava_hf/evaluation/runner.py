@@ -4,16 +4,12 @@ A run's folder holds `run.json` (what decides the answers), `samples.jsonl` (a l
 its end, `record.json`. Several processes (torchrun, accelerate launch) share the samples among them.
 """
 
-import hashlib
-import json
 import logging
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -23,84 +19,23 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
-from transformers.utils import cached_file
 
 from ..errors import ConvLlavaError
-from ..inference import Assistant
-from ..modeling.configuration_convllava import visual_token_grid
 from ..modeling.processing_convllava import ConvLlavaProcessor
-from ..pages import write_whole
-from ..record import portable_name
 from .asking import Asker, Batch, Reply, user_question
-from .benchmarks import CHOICES, Benchmark
+from .benchmarks import Benchmark
 from .journal import Journal, read_rows, unite
 from .record import ids_left_out, make_record, write_record
+from .runs import Model, Settings, begin, describe_run
 from .samples import LETTERS, Sample
 from .sources import Failure, Plan, Source, open_source, plan_samples
 
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 _LOGGED = 5  # failures that are named while a run is on
-_BOUNDS = ("min_pixels", "max_pixels")
 _PATIENCE = timedelta(hours=12)
 _AHEAD = 2  # batches that are made ready while another is asked
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a benchmark is run.
-
-    `choice`: multiple choice by the `"letter"` that is answered, or by the `"likelihood"` of each option's text.
-    `ocr_tokens`: TextVQA's prompt names what an OCR system read. `split`, `config`: other ones than the benchmark's.
-    `limit`: the first so many samples. `batch_size`: samples asked at once. `resolution`: side in pixels, and
-    `image_mode`: how pictures come to their shape; both the checkpoint's own by default.
-    """
-
-    choice: str = "letter"
-    ocr_tokens: bool = False
-    split: str | None = None
-    config: str | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    resolution: int | None = None
-    image_mode: str | None = None
-
-    def __post_init__(self):
-        if self.choice not in CHOICES:
-            raise ConvLlavaError(f"choice is {self.choice!r}: expected one of {', '.join(CHOICES)}.")
-
-    @property
-    def images_kwargs(self) -> dict[str, Any]:
-        """Of the image processor."""
-        given = {"size": self.resolution, "image_aspect_ratio": self.image_mode}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def folder_name(self, benchmark: Benchmark) -> str:
-        """Of a run in an output folder: runs of the same benchmark with other settings do not meet."""
-        parts = [benchmark.name, self.split, self.config, "ocr" if self.ocr_tokens else None, self.image_mode]
-        if benchmark.has_choices and self.choice != CHOICES[0]:
-            parts.append(self.choice)
-        if self.resolution:
-            parts.append(f"{self.resolution}px")
-        if self.limit is not None:
-            parts.append(f"first{self.limit}")
-        return "-".join(part.replace("/", "_") for part in parts if part)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The model that is asked: `source` is its folder or id, `load` loads it, which is left until there is a question.
-
-    `dtype`, `quantization`: in which it is loaded. `device`: as the record names it.
-    """
-
-    source: str
-    load: Callable[[], Assistant]
-    dtype: torch.dtype
-    quantization: str | None = None
-    device: str = "cpu"
 
 
 def join_processes(device: str | None = None) -> PartialState:
@@ -178,79 +113,6 @@ def evaluate(
         write_record(folder, record)
     state.wait_for_everyone()
     return folder, record, source
-
-
-def describe_run(
-    source: Source, plan: Plan, model: Model, processor: ConvLlavaProcessor, prompt: str, settings: Settings
-) -> dict[str, Any]:
-    """What decides the answers: a run goes on only if all of it is as it was.
-
-    Raises:
-        ConvLlavaError: the image processor cannot do what the settings ask for.
-    """
-    images, benchmark = processor.image_processor, source.benchmark
-    try:
-        height, width = images.get_image_size(images.size["height"], images.size["width"], **settings.images_kwargs)
-        tokens = visual_token_grid(height, width, images.stride)
-    except (KeyError, ValueError) as error:
-        raise ConvLlavaError(f"Pictures cannot be seen so: {error}") from error
-    return {
-        "format": 1,
-        "benchmark_name": benchmark.name,
-        "dataset": source.dataset,
-        "config": source.config,
-        "split": source.split,
-        "limit": settings.limit,
-        "questions": plan.checksum,
-        "prompt": prompt,
-        "choice": settings.choice if benchmark.has_choices else None,
-        "ocr_tokens": settings.ocr_tokens,
-        "max_new_tokens": benchmark.max_new_tokens,
-        "model": {"name": portable_name(model.source), **_checkpoint_state(model.source)},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": model.quantization,
-        "pictures": {
-            "mode": settings.image_mode or images.image_aspect_ratio,
-            "height": height,
-            "width": width,
-            "tokens": tokens[0] * tokens[1],
-            **{name: value for name in _BOUNDS if (value := getattr(images, name, None)) is not None},
-        },
-    }
-
-
-def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder of a run, or makes sure that it is this run's.
-
-    Raises:
-        ConvLlavaError: it is another run's; the message names what differs.
-    """
-    path = folder / RUN_FILE
-    if folder.exists() and overwrite:
-        if _holds_files(folder) and not path.exists():
-            raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: it is left alone.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        if _holds_files(folder):
-            raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: name another --output.")
-        write_whole(path, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvLlavaError(f"{str(path)!r} is not valid JSON: {error}") from error
-    if differing := [key for key in run if before.get(key) != run[key]]:
-        key = differing[0]
-        raise ConvLlavaError(
-            f"{str(folder)!r} holds a run that differs in {', '.join(differing)}: {key} was {before.get(key)!r} and "
-            f"is {run[key]!r}. Name another --output, or begin anew by --overwrite."
-        )
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether there are files, but for those that a kill in the midst of writing has left."""
-    return any(path.suffix != ".partial" for path in folder.iterdir())
 
 
 def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: Settings, progress: bool) -> None:
@@ -402,18 +264,6 @@ def _example(processor: ConvLlavaProcessor, plan: Plan, likelihood: bool) -> str
         return None
     words = sample.stem if likelihood and sample.choices else sample.prompt
     return processor.apply_chat_template([user_question(words, None)], add_generation_prompt=True, tokenize=False)
-
-
-def _checkpoint_state(source: str) -> dict[str, str | None]:
-    """Which state a checkpoint has: the Hub's commit, or a checksum of names, sizes and times of its files."""
-    folder = Path(source)
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
-        listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return {"commit": None, "files": hashlib.sha256(repr(listed).encode()).hexdigest()[:16]}
-    parts = Path(cached_file(source, "config.json")).parts
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    return {"commit": commit, "files": None}
 
 
 class _Bar:
