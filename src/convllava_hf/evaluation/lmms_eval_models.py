@@ -32,11 +32,16 @@ Conversation = list[dict[str, Any]]
 
 @dataclass
 class _Talk:
-    """A document that is asked about in rounds. `next_turn`: what is said next, given the answers so far."""
+    """A document that is asked about, perhaps in rounds.
+
+    `next_turn`: what is said next, given the answers so far; `None` if nothing is. It opens the pictures, so it is
+    called when its batch is due. `options`: see `_options`. `length`: characters of the question.
+    """
 
     next_turn: Callable[[int, list[str]], Conversation | None]
     options: dict[str, Any]
-    answers: list[str] = field(default_factory=list)
+    length: int
+    answers: list[GenerationResult] = field(default_factory=list)
 
 
 class _ConvLlava(lmms):
@@ -87,30 +92,18 @@ class _ConvLlava(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer to each request, in their order."""
         talks = [self._talk(request) for request in requests]
-        results: list[GenerationResult | None] = [None] * len(requests)
-        conversations = [talk.next_turn(0, []) for talk in talks]
-        with self._progress(len(requests), "ConvLLaVA answers") as bar:
-            for indices, answers in self._answers(conversations, [talk.options for talk in talks]):
-                for index, answer in zip(indices, answers, strict=True):
-                    results[index] = answer
-                bar.update(len(indices))
-        return results
+        self._ask_round(talks, 0, "ConvLLaVA answers")
+        return [talk.answers[0] for talk in talks]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Every round's answers to each request: a round of all requests is asked before the next."""
         talks = [self._talk(request) for request in requests]
         going_on, number = talks, 0
         while going_on:
-            turns = [(talk, talk.next_turn(number, list(talk.answers))) for talk in going_on]
-            turns = [(talk, turn) for talk, turn in turns if turn is not None]
-            going_on = [talk for talk, _ in turns]
-            with self._progress(len(turns), f"ConvLLaVA answers, round {number + 1}") as bar:
-                for indices, answers in self._answers([turn for _, turn in turns], [t.options for t in going_on]):
-                    for index, answer in zip(indices, answers, strict=True):
-                        going_on[index].answers.append(answer.text)
-                    bar.update(len(indices))
+            self._ask_round(going_on, number, f"ConvLLaVA answers, round {number + 1}")
             number += 1
-        return [talk.answers for talk in talks]
+            going_on = [talk for talk in going_on if len(talk.answers) == number]
+        return [[answer.text for answer in talk.answers] for talk in talks]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """The loss of each request's answer, and whether it is the greedy one, as `text` of a result.
@@ -119,12 +112,11 @@ class _ConvLlava(lmms):
         the mean over the answer's tokens, as with lmms-eval's other models. lmms-eval 0.7.3 makes a string of the
         bare pair that its interface asks for, and then cannot score it; of a result it takes what is in it.
         """
-        asked = [self._asked(request) for request in requests]
         results: list[GenerationResult | None] = [None] * len(requests)
-        order = sorted(range(len(asked)), key=lambda index: -_length(asked[index][0]) - len(asked[index][1]))
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
         with self._progress(len(requests), "ConvLLaVA weighs answers") as bar:
             for indices in _chunks(order, self.batch_size):
-                conversations, answers = zip(*(asked[index] for index in indices), strict=True)
+                conversations, answers = zip(*(self._asked(requests[index]) for index in indices), strict=True)
                 found = likelihoods(self._assistant, conversations, answers, images_kwargs=self._images_kwargs)
                 for index, one in zip(indices, found, strict=True):
                     results[index] = GenerationResult((one.loss, one.greedy))
@@ -143,29 +135,25 @@ class _ConvLlava(lmms):
     def _progress(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, disable=self.rank != 0)
 
-    def _answers(
-        self, conversations: Sequence[Conversation], options: Sequence[dict[str, Any]]
-    ) -> Iterator[tuple[list[int], list[GenerationResult]]]:
-        """Batches of conversations with the same options and of like length, the longest first."""
-        keys = [repr(sorted(one.items())) for one in options]
-        order = sorted(range(len(conversations)), key=lambda index: (keys[index], -_length(conversations[index])))
-        for _, group in groupby(order, key=lambda index: keys[index]):
-            for indices in _chunks(list(group), self.batch_size):
-                given = options[indices[0]]
-                ids = answer_batch(
-                    self._assistant,
-                    [conversations[index] for index in indices],
-                    images_kwargs=self._images_kwargs,
-                    **{name: value for name, value in given.items() if name != "until"},
-                )
-                texts = decode_answers(self._assistant, ids)
-                yield (
-                    indices,
-                    [
-                        GenerationResult(_cut(text, given["until"]), TokenCounts(output_tokens=len(row)))
-                        for text, row in zip(texts, ids, strict=True)
-                    ],
-                )
+    def _ask_round(self, talks: Sequence[_Talk], number: int, what: str) -> None:
+        """Adds an answer to each talk that goes on: in batches with the same options, the longest questions first."""
+        talks = sorted(talks, key=lambda talk: (_key(talk.options), -talk.length))
+        with self._progress(len(talks), what) as bar:
+            for _, group in groupby(talks, key=lambda talk: _key(talk.options)):
+                for batch in _chunks(list(group), self.batch_size):
+                    turns = [(talk, talk.next_turn(number, [one.text for one in talk.answers])) for talk in batch]
+                    self._ask([(talk, turn) for talk, turn in turns if turn is not None])
+                    bar.update(len(batch))
+
+    def _ask(self, turns: Sequence[tuple[_Talk, Conversation]]) -> None:
+        if not turns:
+            return
+        until = turns[0][0].options["until"]
+        options = {name: value for name, value in turns[0][0].options.items() if name != "until"}
+        conversations = [turn for _, turn in turns]
+        ids = answer_batch(self._assistant, conversations, images_kwargs=self._images_kwargs, **options)
+        for (talk, _), row, text in zip(turns, ids, decode_answers(self._assistant, ids), strict=True):
+            talk.answers.append(GenerationResult(_cut(text, until), TokenCounts(output_tokens=len(row))))
 
 
 class ConvLlavaChat(_ConvLlava):
@@ -174,10 +162,11 @@ class ConvLlavaChat(_ConvLlava):
     is_simple = False
 
     def _talk(self, request: Instance) -> _Talk:
-        _, doc_to_messages, gen_kwargs, number, task, split = request.args
-        document, state = self._document(task, split, number), {"info": None}
+        text, doc_to_messages, gen_kwargs, number, task, split = request.args
+        state = {"info": None}
 
         def next_turn(round_number: int, answers: list[str]) -> Conversation | None:
+            document = self._document(task, split, number)
             if round_number == 0:
                 return _from_messages(doc_to_messages(document), task)
             payload = doc_to_messages(
@@ -191,7 +180,7 @@ class ConvLlavaChat(_ConvLlava):
             messages, ends, _, state["info"] = payload
             return None if ends else _from_messages(messages, task)
 
-        return _Talk(next_turn, _options(gen_kwargs, task))
+        return _Talk(next_turn, _options(gen_kwargs, task), len(text))
 
     def _asked(self, request: Instance) -> tuple[Conversation, str]:
         raise ConvLlavaError(
@@ -206,9 +195,10 @@ class ConvLlavaSimple(_ConvLlava):
 
     def _talk(self, request: Instance) -> _Talk:
         text, gen_kwargs, doc_to_visual, *doc_to_text, number, task, split = request.args
-        document, state = self._document(task, split, number), {"info": None}
+        state = {"info": None}
 
         def next_turn(round_number: int, answers: list[str]) -> Conversation | None:
+            document = self._document(task, split, number)
             if round_number == 0:
                 return _from_text(text, doc_to_visual(document), task)
             visuals, question, ends, _, state["info"] = doc_to_text[0](
@@ -216,7 +206,7 @@ class ConvLlavaSimple(_ConvLlava):
             )
             return None if ends else _from_text(question, visuals, task)
 
-        return _Talk(next_turn, _options(gen_kwargs, task))
+        return _Talk(next_turn, _options(gen_kwargs, task), len(text))
 
     def _asked(self, request: Instance) -> tuple[Conversation, str]:
         text, answer, doc_to_visual, number, task, split = request.args
@@ -257,10 +247,7 @@ def _from_messages(messages: Sequence[dict[str, Any]], task: str) -> Conversatio
         if any(IMAGE_TOKEN in text for text in texts):  # the text says where the pictures go
             turns.append({**user_turn("".join(texts), pictures), "role": message["role"]})
         else:
-            content = [
-                {"type": "text", "text": part["text"]} if part["type"] == "text" else _picture(part["url"])
-                for part in parts
-            ]
+            content = [part if part["type"] == "text" else {"type": "image", "image": part["url"]} for part in parts]
             turns.append({"role": message["role"], "content": content})
     return turns
 
@@ -272,25 +259,19 @@ def _from_text(text: str, visuals: Sequence[Any] | None, task: str) -> Conversat
     return [user_turn(text, pictures)]
 
 
-def _picture(picture: Any) -> dict[str, Any]:
-    return {"type": "image", "image": picture}
-
-
 def _only_pictures(task: str, kinds: set[str]) -> ConvLlavaError:
     return ConvLlavaError(
         f"The task {task!r} shows {', '.join(sorted(kinds))}, and ConvLLaVA reads texts and pictures."
     )
 
 
-def _length(conversation: Conversation) -> int:
-    """Characters, a picture counted as very many: what is sorted by."""
-    parts = [part for turn in conversation for part in turn["content"]]
-    return sum(len(part["text"]) if part["type"] == "text" else 10_000 for part in parts)
+def _key(options: dict[str, Any]) -> str:
+    return repr(sorted(options.items()))
 
 
-def _chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
