@@ -199,14 +199,23 @@ def test_one_wrong_copy_makes_a_question_of_mmbench_wrong(run, scripted, tmp_pat
 def test_the_record_says_what_was_measured(run, scripted, tmp_path, assistant):
     scripted(lambda sample: "sign" if int(sample.id) % 2 else "board")
     path = make("textvqa", tmp_path / "data", samples=10)
-    folder, record, rows = run("textvqa", path, limit=8, ocr_tokens=True, resolution=64)
+    folder, record, rows = run("textvqa", path, limit=8, ocr_tokens=True, pictures={"size": 64})
     right, wrong = (textvqa_accuracy(word, benchmark_data.PEOPLE) for word in ("sign", "board"))
     assert record["score"] == pytest.approx(100 * (right + wrong) / 2, abs=1e-3)
     assert record["interval"][0] < record["score"] < record["interval"][1]
     told = json.loads((folder / "record.json").read_text())
     assert told == record
     assert told["setting"] == "64 px, with OCR tokens, the first 8 samples"
-    assert told["pictures"] == {"mode": "pad", "height": 64, "width": 64, "tokens": 1}
+    assert told["pictures"] == {
+        "mode": "pad",
+        "size": 64,
+        "min_pixels": None,
+        "max_pixels": None,
+        "most_tokens": 1,
+    }
+    _, record, rows = run("textvqa", path, limit=8, pictures={"image_aspect_ratio": "native", "max_pixels": 128**2})
+    assert record["setting"].startswith("pictures in their own shape, up to 16384 px")
+    assert record["pictures"]["most_tokens"] == 4 and {row["visual_tokens"] for row in rows.values()} <= {1, 2, 3, 4}
     assert told["visual_tokens"] == 4  # as the scripted model told
     assert (told["samples"], told["failures"], told["dtype"], told["ocr_tokens"]) == (8, 0, "float32", True)
     assert (told["device"], told["processes"], told["batch_size"]) == ("cpu", 1, 8)

@@ -9,6 +9,7 @@ from conftest import make_config, make_model, make_picture, make_processor
 
 from convllava_hf import memory
 from convllava_hf.cli.chat import Chat
+from convllava_hf.cli.common import add_generation_arguments, add_picture_arguments
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import Assistant, assistant_turn, system_turn, user_turn
 
@@ -204,7 +205,10 @@ def test_arrays_and_tensors_are_pictures_too(watched):
 def test_chat_encodes_a_picture_once(model, processor, capsys):
     seen = []
     handle = model.vision_tower.register_forward_hook(lambda *args: seen.append(1))
-    args = argparse.Namespace(system=None, max_new_tokens=4, temperature=0.0)
+    parser = argparse.ArgumentParser()
+    add_generation_arguments(parser)
+    add_picture_arguments(parser)
+    args = parser.parse_args(["--max-new-tokens", "4"])
     chat = Chat(Assistant(model, processor), args, [make_picture()])
     try:
         for question in ("What?", "Which?", "Where?"):

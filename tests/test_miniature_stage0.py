@@ -204,7 +204,7 @@ def test_text_batches_tell_what_is_asked(tokenizer):
 
 def box_of(waves) -> tuple[float, ...]:
     """Left, top, right and bottom from 0 to 1, by the longest of the waves alone: half of it is the picture's side."""
-    sines, cosines = waves.reshape(2, 4, 4)
+    sines, cosines = waves.reshape(2, 4, 2)
     return tuple((torch.atan2(sines[:, 0], cosines[:, 0]) / math.pi).tolist())
 
 

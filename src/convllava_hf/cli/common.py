@@ -31,6 +31,11 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="0 always takes the likeliest token, more draws (default: %(default)s)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message, in place of the chat template's own")
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser) -> None:
+    """Options that say where and how a model is loaded, for `load_assistant`; also into a group of a parser."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument(
         "--dtype",

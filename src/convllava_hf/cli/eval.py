@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import ConvLlavaError
-from .common import DTYPES, load_assistant, positive_int
+from .common import add_loading_arguments, add_picture_arguments, load_assistant, picture_options, positive_int
 
 
 _NEEDED = ("datasets", "rapidfuzz", "scipy")
@@ -36,6 +36,7 @@ def register(subparsers) -> None:
     parser.add_argument("--overwrite", action="store_true", help="begin anew where there is a run already")
     parser.add_argument("--report", action="store_true", help="also write DIR/report.html")
     _add_settings(parser.add_argument_group("how it is asked"))
+    add_picture_arguments(parser)
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two folders of finished runs, side by side; asks nothing"
     )
@@ -59,11 +60,7 @@ def _add_settings(group) -> None:
     group.add_argument("--split", help="another split than the benchmark's, such as testA")
     group.add_argument("--config", metavar="NAME", help="another configuration of the data set")
     group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="(default: %(default)s)")
-    group.add_argument("--resolution", type=positive_int, metavar="PX", help="side of pictures, not the checkpoint's")
-    group.add_argument("--image-mode", metavar="MODE", help="how pictures come to their shape (image_aspect_ratio)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 where the device has it")
-    group.add_argument("--quantization", choices=("4bit", "8bit"), help="of the language model, by bitsandbytes")
+    add_loading_arguments(group)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,9 +99,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     benchmarks = [find_benchmark(name) for name in args.benchmark.split(",") if name.strip()]
     data = _data_of_each(args.data, [benchmark.name for benchmark in benchmarks])
     settings = Settings(
-        args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, args.resolution,
-        args.image_mode,
-    )  # fmt: skip
+        args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, picture_options(args)
+    )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _be_quiet()
     processor = load_processor(args.model)

@@ -126,8 +126,7 @@ class Asker:
 
     @property
     def _mode(self) -> str:
-        own = self.assistant.processor.image_processor.image_aspect_ratio
-        return self.images_kwargs.get("image_aspect_ratio") or own
+        return self.assistant.processor.image_processor.picture_sizes(**self.images_kwargs).mode
 
     def _visual_tokens(self, sample: Sample) -> int:
         """By the file's header alone."""

@@ -117,10 +117,7 @@ def ids_left_out(benchmark: Benchmark, plan: Plan, rows: Mapping[str, Row]) -> s
 
 def setting_text(benchmark: Benchmark, run: Mapping[str, Any]) -> str:
     """What decides the score beside model and data, in a line."""
-    pictures = run["pictures"]
-    height, width = pictures["height"], pictures["width"]
-    side = f"{height} px" if height == width else f"{width} x {height} px"
-    parts = [side if pictures["mode"] == "pad" else f"{pictures['mode']} pictures, {side}"]
+    parts = [pictures_text(run["pictures"])]
     if benchmark.words_column:
         parts.append("with OCR tokens" if run["ocr_tokens"] else "without OCR tokens")
     if benchmark.has_choices:
@@ -132,6 +129,13 @@ def setting_text(benchmark: Benchmark, run: Mapping[str, Any]) -> str:
     if run["limit"] is not None:
         parts.append(f"the first {run['limit']} samples")
     return ", ".join(parts)
+
+
+def pictures_text(pictures: Mapping[str, Any]) -> str:
+    """How large pictures were seen, in a few words."""
+    if pictures["mode"] == "native":
+        return f"pictures in their own shape, up to {pictures['max_pixels']} px"
+    return f"{pictures['size']} px" if pictures["mode"] == "pad" else f"shorter side {pictures['size']} px"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:

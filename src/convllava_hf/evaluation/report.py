@@ -9,7 +9,7 @@ from typing import Any
 from ..pages import SMALL_SCREEN, STYLE, duration, plain, versions_text, write_whole
 from .gallery import is_right, read_gallery
 from .paper import PAPER, RESOLUTIONS, paper_row, refcoco_average
-from .record import find_runs, read_record
+from .record import find_runs, pictures_text, read_record
 
 
 REPORT_FILE = "report.html"
@@ -101,10 +101,9 @@ def _header(models: Sequence[str], records: Sequence[Mapping]) -> list[str]:
 
 
 def _pictures(record: Mapping[str, Any]) -> str:
-    pictures = record["pictures"]
     tokens = record["visual_tokens"]
     counted = f"{tokens['mean']} tokens on average" if isinstance(tokens, Mapping) else f"{tokens} tokens"
-    return f"{pictures['mode']}, {pictures['height']} px, {counted}"
+    return f"{pictures_text(record['pictures'])}, {counted}"
 
 
 def _scores(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -143,7 +142,7 @@ def _paper_cells(row: Sequence[float] | None, record: Mapping[str, Any]) -> str:
     pictures = record["pictures"]
     cells = []
     for side, score in zip(RESOLUTIONS, row or [None] * len(RESOLUTIONS), strict=True):
-        same = pictures["mode"] == "pad" and pictures["height"] == side
+        same = pictures["mode"] == "pad" and pictures["size"] == side
         shown = "–" if score is None else f"{score:g}"
         cells.append(f'<td class="paper{" same" if same else ""}">{shown}</td>')
     return "".join(cells)

@@ -133,7 +133,7 @@ def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: 
             source,
             source.benchmark.max_new_tokens,
             settings.choice == "likelihood",
-            settings.images_kwargs,
+            settings.pictures,
         )
         batches = make_batches(rest, asker.lengths(rest), settings.batch_size, asker.likelihood)
         share = batches[state.process_index :: state.num_processes]
@@ -194,7 +194,7 @@ def ask_in_parts(asker: Asker, batch: Batch) -> list[Reply]:
             if len(batch.samples) == 1:
                 raise ConvLlavaError(
                     f"The memory of {asker.assistant.device} does not hold one sample beside the model in "
-                    f"{asker.assistant.dtype}. Load it in 4 bits (--quantization), or take a smaller --resolution."
+                    f"{asker.assistant.dtype}. Load it in 4 bits (--quantization), or let pictures have fewer pixels."
                 ) from error
         logger.warning("A batch of %d does not fit into memory; asking in halves.", len(batch.samples))
         if torch.cuda.is_available():

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers.utils import cached_file
 
 from ..errors import ConvLlavaError
 from ..inference import Assistant
-from ..modeling.configuration_convllava import visual_token_grid
 from ..modeling.processing_convllava import ConvLlavaProcessor
 from ..pages import write_whole
 from ..record import portable_name
@@ -22,7 +21,6 @@ from .sources import Plan, Source
 
 
 RUN_FILE = "run.json"
-_BOUNDS = ("min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Settings:
 
     `choice`: multiple choice by the `"letter"` that is answered, or by the `"likelihood"` of each option's text.
     `ocr_tokens`: TextVQA's prompt names what an OCR system read. `split`, `config`: other ones than the benchmark's.
-    `limit`: the first so many samples. `batch_size`: samples asked at once. `resolution`: side in pixels, and
-    `image_mode`: how pictures come to their shape; both the checkpoint's own by default.
+    `limit`: the first so many samples. `batch_size`: samples asked at once. `pictures`: how large they are seen, as
+    arguments of the image processor (`picture_options.PICTURE_OPTIONS`); what is not given is the checkpoint's own.
     """
 
     choice: str = "letter"
@@ -41,26 +39,18 @@ class Settings:
     config: str | None = None
     limit: int | None = None
     batch_size: int = 8
-    resolution: int | None = None
-    image_mode: str | None = None
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.choice not in CHOICES:
             raise ConvLlavaError(f"choice is {self.choice!r}: expected one of {', '.join(CHOICES)}.")
 
-    @property
-    def images_kwargs(self) -> dict[str, Any]:
-        """Of the image processor."""
-        given = {"size": self.resolution, "image_aspect_ratio": self.image_mode}
-        return {name: value for name, value in given.items() if value is not None}
-
     def folder_name(self, benchmark: Benchmark) -> str:
         """Of a run in an output folder: runs of the same benchmark with other settings do not meet."""
-        parts = [benchmark.name, self.split, self.config, "ocr" if self.ocr_tokens else None, self.image_mode]
+        parts = [benchmark.name, self.split, self.config, "ocr" if self.ocr_tokens else None]
         if benchmark.has_choices and self.choice != CHOICES[0]:
             parts.append(self.choice)
-        if self.resolution:
-            parts.append(f"{self.resolution}px")
+        parts += [str(value) for _, value in sorted(self.pictures.items())]
         if self.limit is not None:
             parts.append(f"first{self.limit}")
         return "-".join(part.replace("/", "_") for part in parts if part)
@@ -90,9 +80,8 @@ def describe_run(
     """
     images, benchmark = processor.image_processor, source.benchmark
     try:
-        height, width = images.get_image_size(images.size["height"], images.size["width"], **settings.images_kwargs)
-        tokens = visual_token_grid(height, width, images.stride)
-    except (KeyError, ValueError) as error:
+        sizes = images.picture_sizes(**settings.pictures)
+    except ValueError as error:
         raise ConvLlavaError(f"Pictures cannot be seen so: {error}") from error
     return {
         "format": 1,
@@ -110,11 +99,11 @@ def describe_run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "pictures": {
-            "mode": settings.image_mode or images.image_aspect_ratio,
-            "height": height,
-            "width": width,
-            "tokens": tokens[0] * tokens[1],
-            **{name: value for name in _BOUNDS if (value := getattr(images, name, None)) is not None},
+            "mode": sizes.mode,
+            "size": sizes.size if sizes.mode != "native" else None,
+            "min_pixels": sizes.least_pixels if sizes.mode == "native" else None,
+            "max_pixels": sizes.most_pixels if sizes.mode != "pad" else None,
+            "most_tokens": sizes.most_tokens,
         },
     }
 

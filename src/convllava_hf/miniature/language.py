@@ -10,7 +10,7 @@ from .world import CELLS, COLORS, SHAPES, UNITS, Box, Scene, Thing, cell_of
 GENERAL = ("color", "shape", "presence", "count")
 KINDS = ("reading", *GENERAL, "grounding")
 NUMBERS = ("zero", "one", "two", "three")
-WAVES = 32  # numbers that tell a reader of text pictures where a box is
+WAVES = 16  # numbers that tell a reader of text pictures where a box is
 CAPTION_PROMPT = "Describe the picture."
 GROUNDED_PROMPT = "Describe the picture with bounding boxes."
 
@@ -59,14 +59,14 @@ def text_picture(scene: Scene) -> str:
 
 
 def waves_of_cells(scene: Scene) -> np.ndarray:
-    """The boxes of what stands in the cells of a text picture as waves, (16, 32); 0 where there is nothing.
+    """The boxes of what stands in the cells of a text picture as waves, (16, 16); 0 where there is nothing.
 
-    Sines and cosines of left, top, right and bottom, with periods of 2, 1, 1/2 and 1/4 of the picture's side: boxes
-    that differ little have waves that differ little, and yet no two have the same.
+    Sines and cosines of left, top, right and bottom, with periods of twice the picture's side and of once. Shorter
+    waves would tell boxes apart more sharply, but who has to make them from a picture is then led astray more often.
     """
     waves = np.zeros((CELLS, CELLS, WAVES), np.float32)
     for box in (*(thing.box for thing in scene.things), scene.sign.box):
-        angles = np.outer(np.array(box) / UNITS, np.pi * np.array([1, 2, 4, 8])).reshape(-1)
+        angles = np.outer(np.array(box) / UNITS, np.pi * np.array([1, 2])).reshape(-1)
         waves[cell_of(box)] = np.concatenate([np.sin(angles), np.cos(angles)])
     return waves.reshape(-1, WAVES)
 

@@ -247,7 +247,7 @@ def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator
 
     Returns:
         Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `waves`, (size,
-        positions, 32), as `language.waves_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
+        positions, 16), as `language.waves_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
         1, positions, positions), to be added to the scores of attention.
     """
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
@@ -295,7 +295,7 @@ def _asked_of_text(scene: Scene, rng: np.random.Generator) -> list[tuple[str, st
     turns = [(question.text, question.answer) for _ in range(2) for question in questions(scene, rng)]
     if rng.random() < _CAPTION_SHARE:
         turns.append((CAPTION_PROMPT, caption(scene)))
-    if rng.random() < _CAPTION_SHARE:
+    if rng.random() < _CAPTION_SHARE / 2:
         turns.append((GROUNDED_PROMPT, caption(scene, boxes=True)))
     return list(dict.fromkeys(turns))
 
