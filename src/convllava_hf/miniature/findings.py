@@ -163,7 +163,7 @@ class FindingsPlan:
     tower_steps: int = 2400
     language_steps: int = 1200
     stage1_scenes: int = 4800
-    stage2_scenes: int = 16000
+    stage2_scenes: int = 10000
     test_scenes: int = 400
     seeds: int = SEEDS
 

@@ -21,8 +21,8 @@ EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
 # What is said about the scenes of a stage.
 MIXES = {
     "stage1": Mix(captions=0.5, grounded_captions=0.5, boxes=0.0),
-    "stage2": Mix(captions=0.05, grounded_captions=0.1, boxes=0.3),
-    "stage3": Mix(captions=0.0, grounded_captions=0.0, boxes=0.35),
+    "stage2": Mix(captions=0.05, grounded_captions=0.1, boxes=0.25),
+    "stage3": Mix(captions=0.0, grounded_captions=0.0, boxes=0.3),
 }
 STAGES = tuple(MIXES)
 TITLES = {
@@ -52,8 +52,8 @@ class Plan:
 
     tower_steps: int = 1600
     language_steps: int = 1200
-    stage1_scenes: int = 4800
-    stage2_scenes: int = 20000
+    stage1_scenes: int = 6400
+    stage2_scenes: int = 21000
     stage3_scenes: int = 1600
     test_scenes: int = 600
 
