@@ -44,8 +44,7 @@ def test_sampling_is_handed_on(assistant):
     greedy = answer_batch(assistant, CONVERSATIONS[:1], max_new_tokens=12)
     torch.manual_seed(0)
     drawn = answer_batch(assistant, CONVERSATIONS[:1], max_new_tokens=12, do_sample=True, temperature=5.0)
-    small = answer_batch(assistant, CONVERSATIONS[:1], max_new_tokens=12, images_kwargs={"size": 64})
-    assert greedy not in (drawn, small) and drawn != small
+    assert greedy != drawn
 
 
 def test_answers_near_the_end_of_the_context_are_those_given_alone(processor):

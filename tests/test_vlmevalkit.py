@@ -118,8 +118,8 @@ def test_multiple_choice_is_asked_for_a_letter(convllava, answer, paths, picture
     assert convllava.generate(message, dataset="MMBench_DEV_EN") == answer(user_turn(text, pictures[1:]))
 
 
-def test_resolution_is_followed(kit, checkpoint, answer, paths, pictures):
-    small = kit.ConvLlava(str(checkpoint), max_new_tokens=8, device="cpu", dtype="float32", resolution=64)
+def test_the_size_of_pictures_is_followed(kit, checkpoint, answer, paths, pictures):
+    small = kit.ConvLlava(str(checkpoint), max_new_tokens=8, device="cpu", dtype="float32", pictures={"size": 64})
     turn = user_turn("What is this?", pictures[:1])
     assert small.generate([paths[0], "What is this?"]) == answer(turn, images_kwargs={"size": 64}) != answer(turn)
 

@@ -1,6 +1,6 @@
 """Many conversations at once: their answers, and how likely given answers are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,6 @@ def answer_batch(
     conversations: Sequence[list[dict[str, Any]]],
     *,
     max_new_tokens: int,
-    images_kwargs: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> list[list[int]]:
     """Continue every conversation by one answer, the likeliest token each time unless `sampling` says otherwise.
@@ -43,7 +42,6 @@ def answer_batch(
         conversations: as chat templates take them; best of like length, for they are padded on the left to the
             longest one.
         max_new_tokens: an answer ends there, or where the model's context does, if the model has not ended it before.
-        images_kwargs: of `ConvLlavaImageProcessor`: `{"size": 768}`, say.
         **sampling: of `generate`: `do_sample`, `temperature`, `num_beams`, ...
 
     Returns:
@@ -52,12 +50,12 @@ def answer_batch(
     Raises:
         ConvLlavaError: a conversation fills the model's context, or the device's memory does not hold the batch.
     """
-    inputs = _inputs(assistant, conversations, images_kwargs)
+    inputs = _inputs(assistant, conversations)
     length = inputs["input_ids"].shape[1]
     room = _room(assistant, length)
     if room is not None and room < max_new_tokens and len(conversations) > 1:
         # Alone, the shorter ones have more room than beside the longest one.
-        options = {"max_new_tokens": max_new_tokens, "images_kwargs": images_kwargs, **sampling}
+        options = {"max_new_tokens": max_new_tokens, **sampling}
         return [answer_batch(assistant, [one], **options)[0] for one in conversations]
     try:
         output = assistant.model.generate(
@@ -87,8 +85,6 @@ def likelihoods(
     assistant: Assistant,
     conversations: Sequence[list[dict[str, Any]]],
     answers: Sequence[str],
-    *,
-    images_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Likelihood]:
     """How likely each answer is after its conversation, as the chat template writes it with what ends a turn.
 
@@ -97,7 +93,7 @@ def likelihoods(
     """
     whole = [[*turns, _answered(text)] for turns, text in zip(conversations, answers, strict=True)]
     counts = [_answer_tokens(assistant, *pair) for pair in zip(conversations, whole, strict=True)]
-    inputs = _inputs(assistant, whole, images_kwargs, answered=True)
+    inputs = _inputs(assistant, whole, answered=True)
     _room(assistant, inputs["input_ids"].shape[1] - 1)  # nothing is generated after the last token
     longest = max(counts)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # generate() counts them so, too
@@ -112,17 +108,14 @@ def likelihoods(
     ]
 
 
-def _inputs(assistant: Assistant, conversations, images_kwargs: Mapping[str, Any] | None, answered: bool = False):
-    inputs = prompt_inputs(
-        assistant.processor, list(conversations), images_kwargs or {}, add_generation_prompt=not answered
-    )
+def _inputs(assistant: Assistant, conversations, answered: bool = False):
+    inputs = prompt_inputs(assistant.processor, list(conversations), add_generation_prompt=not answered)
     return inputs.to(assistant.device, assistant.dtype)
 
 
 def _room(assistant: Assistant, tokens: int) -> int | None:
     """Tokens left for an answer; `None` where the language model's config names no limit."""
-    context = getattr(assistant.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
+    if (context := assistant.context) is None:
         return None
     if tokens >= context:
         raise ConvLlavaError(

@@ -6,7 +6,7 @@ Nothing is caught here: an answer that cannot be had ends the run, rather than c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..errors import ConvLlavaError
 from ..inference import load, user_turn
 from ..modeling.processing_convllava import IMAGE_TOKEN
+from ..picture_options import with_picture_options
 from .batches import answer_batch, decode_answers, likelihoods
 
 
@@ -51,7 +52,8 @@ class _ConvLlava(lmms):
         pretrained: folder of a checkpoint or its id on the Hub.
         batch_size: questions asked at once.
         device, dtype, quantization: see `convllava_hf.inference.load`.
-        resolution: height and width of the pictures in pixels, other than the checkpoint's.
+        image_aspect_ratio, size, min_pixels, max_pixels, preset: how large pictures are seen, where not as the
+            checkpoint says; see `ConvLlavaImageProcessor`.
 
     Raises:
         ConvLlavaError: the checkpoint cannot be loaded, or a value is not one of those that can be.
@@ -64,7 +66,11 @@ class _ConvLlava(lmms):
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
-        resolution: int | None = None,
+        image_aspect_ratio: str | None = None,
+        size: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        preset: str | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -74,11 +80,17 @@ class _ConvLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and self.accelerator.device.type != "cpu":
             device = str(self.accelerator.device)  # each process its own
-        self._assistant = load(
-            pretrained, device=device, dtype=None if dtype == "auto" else dtype, quantization=quantization
-        )
+        pictures = {
+            "image_aspect_ratio": image_aspect_ratio,
+            "size": size,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "preset": preset,
+        }
+        dtype = None if dtype == "auto" else dtype
+        assistant = load(pretrained, device=device, dtype=dtype, quantization=quantization)
+        self._assistant = replace(assistant, processor=with_picture_options(assistant.processor, pictures))
         self._device = self._assistant.device
-        self._images_kwargs = {} if resolution is None else {"size": int(resolution)}
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +129,7 @@ class _ConvLlava(lmms):
         with self._progress(len(requests), "ConvLLaVA weighs answers") as bar:
             for indices in _chunks(order, self.batch_size):
                 conversations, answers = zip(*(self._asked(requests[index]) for index in indices), strict=True)
-                found = likelihoods(self._assistant, conversations, answers, images_kwargs=self._images_kwargs)
+                found = likelihoods(self._assistant, conversations, answers)
                 for index, one in zip(indices, found, strict=True):
                     results[index] = GenerationResult((one.loss, one.greedy))
                 bar.update(len(indices))
@@ -151,7 +163,7 @@ class _ConvLlava(lmms):
         until = turns[0][0].options["until"]
         options = {name: value for name, value in turns[0][0].options.items() if name != "until"}
         conversations = [turn for _, turn in turns]
-        ids = answer_batch(self._assistant, conversations, images_kwargs=self._images_kwargs, **options)
+        ids = answer_batch(self._assistant, conversations, **options)
         for (talk, _), row, text in zip(turns, ids, decode_answers(self._assistant, ids), strict=True):
             talk.answers.append(GenerationResult(_cut(text, until), TokenCounts(output_tokens=len(row))))
 

@@ -17,12 +17,14 @@ or `{"type": "text", "value": TEXT}`. Questions are asked one at a time; `convll
 
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
 from ..errors import ConvLlavaError
 from ..inference import assistant_turn, load, open_picture, system_turn, user_turn
+from ..picture_options import with_picture_options
 
 
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -34,7 +36,8 @@ class ConvLlava(BaseModel):
     Args:
         model_path: folder of a checkpoint or its id on the Hub.
         max_new_tokens: an answer ends there if the model has not ended it before.
-        resolution: height and width of the pictures in pixels, other than the checkpoint's.
+        pictures: how large they are seen, where not as the checkpoint says: arguments of `ConvLlavaImageProcessor`,
+            such as `{"preset": "large"}`.
         device, dtype, quantization: see `convllava_hf.inference.load`.
 
     Raises:
@@ -49,15 +52,15 @@ class ConvLlava(BaseModel):
         self,
         model_path: str,
         max_new_tokens: int = 512,
-        resolution: int | None = None,
+        pictures: Mapping[str, Any] | None = None,
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
     ):
         super().__init__()
-        self.assistant = load(model_path, device=device, dtype=dtype, quantization=quantization)
+        assistant = load(model_path, device=device, dtype=dtype, quantization=quantization)
+        self.assistant = replace(assistant, processor=with_picture_options(assistant.processor, pictures or {}))
         self.max_new_tokens = max_new_tokens
-        self.images_kwargs = {} if resolution is None else {"size": resolution}
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Multiple choice is asked as LLaVA-1.5 was trained to answer it; for the rest, VLMEvalKit's prompts do."""
@@ -83,10 +86,7 @@ class ConvLlava(BaseModel):
         return self._answer([_turn(message["role"], message["content"]) for message in messages])
 
     def _answer(self, turns: list[dict[str, Any]]) -> str:
-        answer = self.assistant.answer(
-            turns, max_new_tokens=self.max_new_tokens, images_kwargs=self.images_kwargs or None
-        )
-        return answer.text.strip()
+        return self.assistant.answer(turns, max_new_tokens=self.max_new_tokens).text.strip()
 
 
 def _turn(role: str, message: Sequence[Mapping[str, str]]) -> dict[str, Any]:
