@@ -160,13 +160,13 @@ def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
-    boxes = torch.nn.Linear(language.WAVES, config.hidden_size, bias=False)
+    boxes = torch.nn.Linear(language.EDGES, config.hidden_size, bias=False)
     losses, answers_weigh = [], []
     with torch.no_grad():
-        for (picture, *asked), waves in zip(parts_of(text_batch)[:6], text_batch["waves"], strict=False):
+        for (picture, *asked), edges in zip(parts_of(text_batch)[:6], text_batch["edges"], strict=False):
             for ids, labels, weights in asked:
                 embeddings = model.get_input_embeddings()(torch.tensor([picture[0] + ids]))
-                embeddings[0, : len(picture[0])] += boxes(waves[: len(picture[0])])
+                embeddings[0, : len(picture[0])] += boxes(edges[: len(picture[0])])
                 labels = torch.tensor([picture[1] + labels])
                 losses.append(model(inputs_embeds=embeddings, labels=labels).loss.item())
                 answers_weigh.append(sum(weights))
@@ -179,16 +179,16 @@ def test_text_batches_tell_what_is_asked(tokenizer):
     """Every answer, by other code, from the text picture that comes first; no question twice."""
     captions, number = 0, 0
     batch = next(pretraining.text_batches(tokenizer, World(), 0, 64))
-    for (picture, *asked), waves in zip(parts_of(batch), batch["waves"], strict=True):
+    for (picture, *asked), edges in zip(parts_of(batch), batch["edges"], strict=True):
         told = tokenizer.decode(picture[0])
         cells = re.fullmatch(r"<s>USER: (.*)\n", told)[1].split(" ")
         assert len(cells) == 16
-        told_waves = waves[-16 - 1 + len(picture[0]) : len(picture[0]) - 1]  # a line break ends the text picture
+        told_edges = edges[-16 - 1 + len(picture[0]) : len(picture[0]) - 1]  # a line break ends the text picture
         assert (
-            waves.abs().sum(1).count_nonzero() == told_waves.abs().sum(1).count_nonzero() == 16 - cells.count("ground")
+            edges.abs().sum(1).count_nonzero() == told_edges.abs().sum(1).count_nonzero() == 16 - cells.count("ground")
         )
         things = [
-            Seen(*name.split("-"), box_of(wave)) for name, wave in zip(cells, told_waves, strict=True) if "-" in name
+            Seen(*name.split("-"), box_of(edge)) for name, edge in zip(cells, told_edges, strict=True) if "-" in name
         ]
         (sign,) = [thing for thing in things if thing.color == "sign"]
         things.remove(sign)
@@ -202,10 +202,9 @@ def test_text_batches_tell_what_is_asked(tokenizer):
     assert captions > 5 and number > 300
 
 
-def box_of(waves) -> tuple[float, ...]:
-    """Left, top, right and bottom from 0 to 1, by the longest of the waves alone: half of it is the picture's side."""
-    sines, cosines = waves.reshape(2, 4, 2)
-    return tuple((torch.atan2(sines[:, 0], cosines[:, 0]) / math.pi).tolist())
+def box_of(edges) -> tuple[float, ...]:
+    """Left, top, right and bottom from 0 to 1: where each bump is highest."""
+    return tuple((edges.reshape(4, 21).argmax(-1) / 20).tolist())
 
 
 def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):

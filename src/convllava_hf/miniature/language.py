@@ -10,7 +10,7 @@ from .world import CELLS, COLORS, SHAPES, UNITS, Box, Scene, Thing, cell_of
 GENERAL = ("color", "shape", "presence", "count")
 KINDS = ("reading", *GENERAL, "grounding")
 NUMBERS = ("zero", "one", "two", "three")
-WAVES = 16  # numbers that tell a reader of text pictures where a box is
+EDGES = 4 * (UNITS + 1)  # numbers that tell a reader of text pictures where a box is
 CAPTION_PROMPT = "Describe the picture."
 GROUNDED_PROMPT = "Describe the picture with bounding boxes."
 
@@ -58,17 +58,17 @@ def text_picture(scene: Scene) -> str:
     return " ".join(words.get((row, column), "ground") for row in range(CELLS) for column in range(CELLS))
 
 
-def waves_of_cells(scene: Scene) -> np.ndarray:
-    """The boxes of what stands in the cells of a text picture as waves, (16, 16); 0 where there is nothing.
+def edges_of_cells(scene: Scene) -> np.ndarray:
+    """Where the edges of what stands in the cells of a text picture are, (16, 84); 0 where there is nothing.
 
-    Sines and cosines of left, top, right and bottom, with periods of twice the picture's side and of once. Shorter
-    waves would tell boxes apart more sharply, but who has to make them from a picture is then led astray more often.
+    For left, top, right and bottom a bump over the 21 lines of the grid, highest at the edge's own: edges near each
+    other are told alike, and yet each has a number of its own.
     """
-    waves = np.zeros((CELLS, CELLS, WAVES), np.float32)
+    edges = np.zeros((CELLS, CELLS, EDGES), np.float32)
     for box in (*(thing.box for thing in scene.things), scene.sign.box):
-        angles = np.outer(np.array(box) / UNITS, np.pi * np.array([1, 2])).reshape(-1)
-        waves[cell_of(box)] = np.concatenate([np.sin(angles), np.cos(angles)])
-    return waves.reshape(-1, WAVES)
+        distances = np.array(box)[:, None] - np.arange(UNITS + 1)
+        edges[cell_of(box)] = np.exp(-(distances**2)).reshape(-1)
+    return edges.reshape(-1, EDGES)
 
 
 def conversation(scene: Scene, rng: np.random.Generator, mix: Mix) -> list[tuple[str, str]]:

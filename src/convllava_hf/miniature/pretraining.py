@@ -25,14 +25,14 @@ from ..convert.writing import new_checkpoint_folder
 from .drawing import draw_sign, draw_thing
 from .language import (
     CAPTION_PROMPT,
+    EDGES,
     GROUNDED_PROMPT,
-    WAVES,
     Mix,
     caption,
     conversation,
+    edges_of_cells,
     questions,
     text_picture,
-    waves_of_cells,
 )
 from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
 
@@ -110,7 +110,7 @@ def train_language_model(
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
 
-    Where a thing is exactly is no word: it is told as `language.waves_of_cells`, added to the word's embedding by
+    Where a thing is exactly is no word: it is told as `language.edges_of_cells`, added to the word's embedding by
     a linear layer that is needed here only. The projector will have the same to say in the same place.
     """
     torch.manual_seed(seed)
@@ -132,8 +132,8 @@ def train_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    boxes = nn.Linear(WAVES, config.hidden_size, bias=False)
-    nn.init.normal_(boxes.weight, std=config.initializer_range / math.sqrt(WAVES / 2))  # as long as embeddings are
+    boxes = nn.Linear(EDGES, config.hidden_size, bias=False)
+    nn.init.normal_(boxes.weight, std=config.initializer_range / 2)  # all four together as long as an embedding
     batches = text_batches(tokenizer, world, seed)
     _fit(nn.ModuleList([model, boxes]), lambda: _weighted_loss(model, boxes, next(batches)), steps, 2e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
@@ -246,8 +246,8 @@ def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator
     picture only after thousands of steps more.
 
     Returns:
-        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `waves`, (size,
-        positions, 16), as `language.waves_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
+        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `edges`, (size,
+        positions, 84), as `language.edges_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
         1, positions, positions), to be added to the scores of attention.
     """
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
@@ -263,7 +263,7 @@ class _Position(NamedTuple):
     weight: float
     part: int  # 0 for the picture, then the number of the question; -1 for padding
     place: int
-    waves: Sequence[float] = (0.0,) * WAVES
+    edges: Sequence[float] = (0.0,) * EDGES
 
 
 def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[_Position]:
@@ -272,14 +272,14 @@ def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Call
     The tokens of an answer weigh 1 together, for captions not to drown yes and no; a box has four things to say.
     """
     words = [
-        (token, waves)
-        for word, waves in zip(text_picture(scene).split(), waves_of_cells(scene).tolist(), strict=True)
+        (token, edges)
+        for word, edges in zip(text_picture(scene).split(), edges_of_cells(scene).tolist(), strict=True)
         for token in encode(f" {word}")
     ]
-    nowhere = _Position._field_defaults["waves"]
+    nowhere = _Position._field_defaults["edges"]
     picture = [(token, nowhere) for token in (tokenizer.bos_token_id, *encode("USER:"))]
     picture += [*words, *((token, nowhere) for token in encode("\n"))]
-    sample = [_Position(token, -100, 0.0, 0, place, waves) for place, (token, waves) in enumerate(picture)]
+    sample = [_Position(token, -100, 0.0, 0, place, edges) for place, (token, edges) in enumerate(picture)]
     for part, (question, answer) in enumerate(_asked_of_text(scene, rng), start=1):
         asked = encode(question) + encode(" ASSISTANT:")
         answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
@@ -304,19 +304,19 @@ def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Ten
     longest = max(map(len, samples))
     padding = _Position(pad, -100, 0.0, -1, 0)
     rows = [sample + [padding] * (longest - len(sample)) for sample in samples]
-    tokens, labels, weights, parts, places, waves = (
+    tokens, labels, weights, parts, places, edges = (
         torch.tensor([[position[field] for position in row] for row in rows]) for field in range(6)
     )
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])  # (size, positions, positions)
     seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    batch = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None], "waves": waves}
+    batch = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None], "edges": edges}
     return {**batch, "labels": labels, "weights": weights}
 
 
 def _weighted_loss(model: nn.Module, boxes: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the labels, each with its weight."""
-    embeddings = model.get_input_embeddings()(batch["input_ids"]) + boxes(batch["waves"])
+    embeddings = model.get_input_embeddings()(batch["input_ids"]) + boxes(batch["edges"])
     inputs = {name: batch[name] for name in ("position_ids", "attention_mask")}
     logits = model(inputs_embeds=embeddings, **inputs).logits
     labels, weights = batch["labels"][:, 1:].flatten(), batch["weights"][:, 1:].flatten()
