@@ -23,8 +23,8 @@ from convllava_hf.miniature.report import write_report  # noqa: E402
 TINY = Plan(
     tower_steps=4, language_steps=4, stage1_scenes=64, stage2_scenes=176, stage3_scenes=32, test_scenes=8
 )  # fmt: skip
-# What four minutes teach; boxes are left out. The floors stand far below what was measured (0.71, 0.98, 0.97, 0.94 and
-# 0.60, in the order of the kinds) and above what can be had without seeing.
+# What four minutes teach without boxes. The floors stand below what was measured (0.43, 0.93, 0.90, 0.83 and
+# 0.61, in the order of the kinds) and above what can be had without seeing.
 SMALL = Plan(
     tower_steps=800,
     language_steps=700,
@@ -32,8 +32,9 @@ SMALL = Plan(
     stage2_scenes=8000,
     stage3_scenes=480,
     test_scenes=250,
+    boxes=False,
 )
-FLOORS = {"reading": 0.4, "color": 0.75, "shape": 0.75, "presence": 0.7, "count": 0.45}
+FLOORS = {"reading": 0.2, "color": 0.75, "shape": 0.75, "presence": 0.65, "count": 0.45}
 
 
 @pytest.fixture(scope="module")

@@ -202,6 +202,13 @@ def test_text_batches_tell_what_is_asked(tokenizer):
     assert captions > 5 and number > 300
 
 
+def test_without_boxes_none_are_told_or_asked_for(tokenizer):
+    batch = next(pretraining.text_batches(tokenizer, World(), 0, 32, boxes=False))
+    asked = [tokenizer.decode(ids) for _, *parts in parts_of(batch) for ids, _, _ in parts]
+    assert not batch["edges"].any() and not any("box" in text for text in asked)
+    assert sum(text.startswith("Describe") for text in asked) > 0
+
+
 def box_of(edges) -> tuple[float, ...]:
     """Left, top, right and bottom from 0 to 1: where each bump is highest."""
     return tuple((edges.reshape(4, 21).argmax(-1) / 20).tolist())

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from .language import GENERAL, Mix
+from .language import GENERAL
 from .progress import logs_to
 from .quickstart import (
     EXTRA_STAGE_DEPTH,
+    MIXES_WITHOUT_BOXES,
     SIDE,
     Emit,
     assemble_model,
@@ -209,12 +210,9 @@ def find_out(run: Run) -> dict[str, Any]:
 def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
     """Stage 0 and the pictures of a seed, which its arms share. No boxes are asked for: they take long to learn."""
     place = _place(folder, seed)
-    jobs = stage0_jobs(
-        place / "stage0", seed, plan.tower_steps, plan.language_steps, world=WORLD, tower_sizes=TOWER_SIZES
-    )
+    jobs = stage0_jobs(place / "stage0", seed, plan.tower_steps, plan.language_steps, WORLD, TOWER_SIZES, boxes=False)
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
-    mixes = {"stage1": Mix(1.0, 0.0, 0.0), "stage2": Mix(0.1, 0.0, 0.0)}
-    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, mixes)
+    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, MIXES_WITHOUT_BOXES)
     return {_name(seed, name): job for name, job in jobs.items()}
 
 

@@ -34,7 +34,7 @@ from .language import (
     questions,
     text_picture,
 )
-from .world import COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
+from .world import CELLS, COLORS, SHAPES, UNITS, Scene, Sign, Thing, World
 
 
 # Vicuna's roles without its system message, which would be longer than the conversations here.
@@ -106,12 +106,17 @@ def train_language_model(
     steps: int,
     seed: int,
     world: World | None = None,
+    boxes: bool = True,
     on_step: OnStep | None = None,
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
 
     Where a thing is exactly is no word: it is told as `language.edges_of_cells`, added to the word's embedding by
     a linear layer that is needed here only. The projector will have the same to say in the same place.
+
+    Args:
+        folder: a transformers folder to make.
+        boxes: whether it is told and asked where things are.
     """
     torch.manual_seed(seed)
     world = world or World()
@@ -132,10 +137,10 @@ def train_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    boxes = nn.Linear(EDGES, config.hidden_size, bias=False)
-    nn.init.normal_(boxes.weight, std=config.initializer_range / 2)  # all four together as long as an embedding
-    batches = text_batches(tokenizer, world, seed)
-    _fit(nn.ModuleList([model, boxes]), lambda: _weighted_loss(model, boxes, next(batches)), steps, 2e-3, on_step)
+    edges = nn.Linear(EDGES, config.hidden_size, bias=False)
+    nn.init.normal_(edges.weight, std=config.initializer_range / 2)  # all four together as long as an embedding
+    batches = text_batches(tokenizer, world, seed, boxes=boxes)
+    _fit(nn.ModuleList([model, edges]), lambda: _weighted_loss(model, edges, next(batches)), steps, 2e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -238,7 +243,9 @@ def _texts(world: World, scenes: int) -> Iterator[str]:
             yield f"USER: {question} ASSISTANT: {answer}"
 
 
-def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator[dict[str, torch.Tensor]]:
+def text_batches(
+    tokenizer, world: World, seed: int, size: int = 16, boxes: bool = True
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of text pictures, each with many questions that do not see each other, and the loss on the answers.
 
     Every question stands right behind its picture, by position and by mask. Were they the turns of a conversation,
@@ -253,7 +260,7 @@ def text_batches(tokenizer, world: World, seed: int, size: int = 16) -> Iterator
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
     scenes, rng = world.scenes("train", [seed, 1]), np.random.default_rng([seed, 200])
     while True:
-        samples = [_text_sample(scene, rng, tokenizer, encode) for scene in itertools.islice(scenes, size)]
+        samples = [_text_sample(scene, rng, tokenizer, encode, boxes) for scene in itertools.islice(scenes, size)]
         yield _text_batch(samples, tokenizer.pad_token_id)
 
 
@@ -266,21 +273,22 @@ class _Position(NamedTuple):
     edges: Sequence[float] = (0.0,) * EDGES
 
 
-def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable) -> list[_Position]:
+def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable, boxes: bool) -> list[_Position]:
     """A text picture and questions about it, each tokenized as the chat template writes it alone.
 
     The tokens of an answer weigh 1 together, for captions not to drown yes and no; a box has four things to say.
     """
+    nowhere = _Position._field_defaults["edges"]
+    places = edges_of_cells(scene).tolist() if boxes else [nowhere] * CELLS**2
     words = [
         (token, edges)
-        for word, edges in zip(text_picture(scene).split(), edges_of_cells(scene).tolist(), strict=True)
+        for word, edges in zip(text_picture(scene).split(), places, strict=True)
         for token in encode(f" {word}")
     ]
-    nowhere = _Position._field_defaults["edges"]
     picture = [(token, nowhere) for token in (tokenizer.bos_token_id, *encode("USER:"))]
     picture += [*words, *((token, nowhere) for token in encode("\n"))]
     sample = [_Position(token, -100, 0.0, 0, place, edges) for place, (token, edges) in enumerate(picture)]
-    for part, (question, answer) in enumerate(_asked_of_text(scene, rng), start=1):
+    for part, (question, answer) in enumerate(_asked_of_text(scene, rng, boxes), start=1):
         asked = encode(question) + encode(" ASSISTANT:")
         answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
         labels = [-100] * len(asked) + answered
@@ -290,12 +298,13 @@ def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Call
     return sample
 
 
-def _asked_of_text(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+def _asked_of_text(scene: Scene, rng: np.random.Generator, boxes: bool) -> list[tuple[str, str]]:
     """Questions of each kind, drawn twice, and now and then a caption; none of them twice."""
-    turns = [(question.text, question.answer) for _ in range(2) for question in questions(scene, rng)]
+    asked = [question for _ in range(2) for question in questions(scene, rng) if boxes or question.kind != "grounding"]
+    turns = [(question.text, question.answer) for question in asked]
     if rng.random() < _CAPTION_SHARE:
         turns.append((CAPTION_PROMPT, caption(scene)))
-    if rng.random() < _CAPTION_SHARE / 2:
+    if boxes and rng.random() < _CAPTION_SHARE / 2:
         turns.append((GROUNDED_PROMPT, caption(scene, boxes=True)))
     return list(dict.fromkeys(turns))
 
@@ -314,9 +323,9 @@ def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Ten
     return {**batch, "labels": labels, "weights": weights}
 
 
-def _weighted_loss(model: nn.Module, boxes: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _weighted_loss(model: nn.Module, edges: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the labels, each with its weight."""
-    embeddings = model.get_input_embeddings()(batch["input_ids"]) + boxes(batch["edges"])
+    embeddings = model.get_input_embeddings()(batch["input_ids"]) + edges(batch["edges"])
     inputs = {name: batch[name] for name in ("position_ids", "attention_mask")}
     logits = model(inputs_embeds=embeddings, **inputs).logits
     labels, weights = batch["labels"][:, 1:].flatten(), batch["weights"][:, 1:].flatten()

@@ -18,11 +18,16 @@ from .world import World
 
 SIDE = 256  # pixels: 4 x 4 visual tokens at stride 64
 EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
-# What is said about the scenes of a stage.
+# What is said about the scenes of a stage, with boxes and without.
 MIXES = {
     "stage1": Mix(captions=0.5, grounded_captions=0.5, boxes=0.0),
     "stage2": Mix(captions=0.05, grounded_captions=0.1, boxes=0.25),
     "stage3": Mix(captions=0.0, grounded_captions=0.0, boxes=0.3),
+}
+MIXES_WITHOUT_BOXES = {
+    "stage1": Mix(captions=1.0, grounded_captions=0.0, boxes=0.0),
+    "stage2": Mix(captions=0.1, grounded_captions=0.0, boxes=0.0),
+    "stage3": Mix(captions=0.0, grounded_captions=0.0, boxes=0.0),
 }
 STAGES = tuple(MIXES)
 TITLES = {
@@ -48,6 +53,7 @@ class Plan:
         tower_steps, language_steps: of stage 0.
         stage1_scenes, stage2_scenes, stage3_scenes: training samples of the three stages, each seen once.
         test_scenes: that are asked about in the end, at most one question of each kind each.
+        boxes: whether boxes are taught; without them everything else is learnt sooner.
     """
 
     tower_steps: int = 1600
@@ -56,6 +62,7 @@ class Plan:
     stage2_scenes: int = 21000
     stage3_scenes: int = 1600
     test_scenes: int = 600
+    boxes: bool = True
 
 
 def open_run(folder: str | Path, *, seed: int = 0, plan: Plan | None = None) -> Run:
@@ -104,8 +111,9 @@ def quickstart(run: Run) -> dict[str, Any]:
 def prepare(run: Run, seed: int, plan: Plan) -> None:
     """Stage 0 and the training data, none of which needs the others, at the same time."""
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
-    jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps)
-    jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), MIXES)
+    jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps, boxes=plan.boxes)
+    mixes = MIXES if plan.boxes else MIXES_WITHOUT_BOXES
+    jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), mixes)
     run_in_lines(run, jobs, TITLES)
 
 
@@ -116,16 +124,18 @@ def stage0_jobs(
     language_steps: int,
     world: World | None = None,
     tower_sizes: tuple[int, int] | None = None,
+    boxes: bool = True,
 ) -> dict[str, Callable[[Emit], None]]:
     """What trains the stand-ins for CLIP's tower and for Vicuna, each on one core.
 
     Args:
+        boxes: whether the language model is told and asked of boxes.
         tower_sizes: pixels of what is in the tower's pictures; default: `pretraining.SIZES`.
     """
     return {
         "vision tower": functools.partial(_train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes),
         "language model": functools.partial(
-            _train_language_model, folder / "language_model", language_steps, seed, world or World()
+            _train_language_model, folder / "language_model", language_steps, seed, world or World(), boxes
         ),
     }
 
@@ -288,11 +298,12 @@ def _train_tower(folder: Path, steps: int, seed: int, sizes: tuple[int, int] | N
     train_tower(folder, steps=steps, seed=seed, sizes=sizes, on_step=lambda *event: emit(event))
 
 
-def _train_language_model(folder: Path, steps: int, seed: int, world: World, emit: Emit) -> None:
+def _train_language_model(folder: Path, steps: int, seed: int, world: World, boxes: bool, emit: Emit) -> None:
     one_thread()
     from .pretraining import train_language_model
 
-    train_language_model(folder, steps=steps, seed=seed, world=world, on_step=lambda *event: emit(event))
+    on_step = lambda *event: emit(event)  # noqa: E731
+    train_language_model(folder, steps=steps, seed=seed, world=world, boxes=boxes, on_step=on_step)
 
 
 def one_thread() -> None:
