@@ -1,9 +1,11 @@
 """What is behind the web page: boxes, pictures of strangers, presets, the Space, the command. Needs no gradio."""
 
+import ast
 import asyncio
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,3 +287,19 @@ def test_mistakes_in_the_command_are_refused(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["demo", "model", *flags])
     assert flags[0] in capsys.readouterr().err
+
+
+def test_a_space_holds_every_file_that_its_files_import():
+    files = space_files("someone/model")
+    lacking = set()
+    for name, content in files.items():
+        if not name.endswith(".py") or "/" not in name:
+            continue
+        package = Path(name).parent
+        for node in ast.walk(ast.parse(content)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [package, *package.parents][node.level - 1]
+                module = base.joinpath(*(node.module or "").split("."))
+                if node.module and not {f"{module}.py", f"{module}/__init__.py"} & set(files):
+                    lacking.add(f"{name}: {module}")
+    assert not lacking

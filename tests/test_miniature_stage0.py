@@ -459,7 +459,7 @@ def test_a_language_model_learns_to_look_things_up(tmp_path, tokenizer):
     """Its answers' likeliest first tokens about scenes of the test split, against the words that it was told."""
     losses = []
     pretraining.train_language_model(
-        tmp_path / "language", steps=500, seed=0, on_step=lambda step, steps, loss: losses.append(loss)
+        tmp_path / "language", steps=500, seed=0, boxes=False, on_step=lambda step, steps, loss: losses.append(loss)
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
     rng, right = np.random.default_rng(0), {}

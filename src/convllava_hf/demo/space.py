@@ -12,7 +12,15 @@ from ..errors import ConvLlavaError
 GRADIO_VERSION = "6.31.0"  # the newest that the tests have seen
 _PYTHON_VERSION = "3.11"
 # What the page imports, and nothing else of the package.
-_PACKAGE = ("__init__.py", "registration.py", "errors.py", "inference.py")
+_PACKAGE = (
+    "__init__.py",
+    "registration.py",
+    "errors.py",
+    "inference.py",
+    "fast_tower.py",
+    "memory.py",
+    "picture_options.py",
+)
 _MODELING = (
     "__init__.py",
     "configuration_convllava.py",
