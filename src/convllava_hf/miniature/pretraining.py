@@ -138,7 +138,7 @@ def train_language_model(
     )
     model = LlamaForCausalLM(config)
     edges = nn.Linear(EDGES, config.hidden_size, bias=False)
-    nn.init.normal_(edges.weight, std=config.initializer_range / 2)  # all four together as long as an embedding
+    nn.init.normal_(edges.weight, std=config.initializer_range / math.sqrt(EDGES / 2))  # as long as embeddings are
     batches = text_batches(tokenizer, world, seed, boxes=boxes)
     _fit(nn.ModuleList([model, edges]), lambda: _weighted_loss(model, edges, next(batches)), steps, 2e-3, on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
@@ -254,7 +254,7 @@ def text_batches(
 
     Returns:
         Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `edges`, (size,
-        positions, 84), as `language.edges_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
+        positions, 16), as `language.edges_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
         1, positions, positions), to be added to the scores of attention.
     """
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
