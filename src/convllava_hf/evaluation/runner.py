@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = 5  # failures that are named while a run is on
 _PATIENCE = timedelta(hours=12)
-_AHEAD = 2  # batches that are made ready while another is asked
+_AHEAD = 2  # batches that are made ready while a device other than the CPU is asked another
 
 
 def join_processes(device: str | None = None) -> PartialState:
@@ -162,21 +162,34 @@ def make_batches(samples: Sequence[Sample], lengths: Sequence[int], size: int, a
 
 
 def answered(asker: Asker, batches: Sequence[Sequence[Sample]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each batch, asked one after the other while the next ones are made ready."""
-    waiting = iter(batches)
+    """The rows of each batch, asked one after the other."""
     before = time.perf_counter()
+    for batch in _prepared(asker, batches):
+        replies = ask_in_parts(asker, batch)
+        now = time.perf_counter()
+        rows = _rows(asker, batch, replies)
+        for row in rows:
+            row["seconds"] = round((now - before) / len(rows), 6)
+        before = now
+        yield rows
+
+
+def _prepared(asker: Asker, batches: Sequence[Sequence[Sample]]) -> Iterator[Batch]:
+    """The batches' inputs; the next ones are made ready while a device is busy with one.
+
+    On a CPU they are made when they are wanted: beside the model's own threads, whose every operation waits for the
+    slowest, they would cost more time than they save.
+    """
+    if asker.assistant.device.type == "cpu":
+        yield from map(asker.prepare, batches)
+        return
+    waiting = iter(batches)
     with ThreadPoolExecutor(max_workers=_AHEAD) as pool:
         ready: list[Future[Batch]] = [pool.submit(asker.prepare, batch) for batch in islice(waiting, _AHEAD)]
         while ready:
             batch = ready.pop(0).result()
             ready += [pool.submit(asker.prepare, following) for following in islice(waiting, 1)]
-            replies = ask_in_parts(asker, batch)
-            now = time.perf_counter()
-            rows = _rows(asker, batch, replies)
-            for row in rows:
-                row["seconds"] = round((now - before) / len(rows), 6)
-            before = now
-            yield rows
+            yield batch
 
 
 def ask_in_parts(asker: Asker, batch: Batch) -> list[Reply]:
