@@ -8,6 +8,8 @@ WORKERS ?= 2
 TRANSFORMERS ?= 4.57.6
 COMPAT_TORCH ?= 2.13.0
 COMPAT_VENV := .venv-$(TRANSFORMERS)
+# Of the slow tests, those where transformers loads and serves what we write: what else is slow does not depend on it.
+COMPAT_SLOW := $(addprefix tests/test_,remote_code.py hub.py convert.py convert_hub.py serve.py)
 
 # lmms-eval brings sixty packages, so it gets an environment of its own, over the one with the test tools.
 LMMS_EVAL_VENV := .venv-lmms-eval
@@ -37,7 +39,8 @@ test-lmms-eval: $(LMMS_EVAL_VENV)/.installed ## the tests against lmms-eval: its
 	OMP_NUM_THREADS=1 $(LMMS_EVAL_VENV)/bin/python -m pytest tests/test_lmms_eval*.py $(PYTEST_ARGS)
 
 test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of transformers: TRANSFORMERS=4.57.6
-	$(COMPAT_VENV)/bin/python -m pytest -m 'not miniature' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow and not miniature' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest -n $(WORKERS) -m slow $(COMPAT_SLOW) $(PYTEST_ARGS)
 
 style: $(VENV)/.installed-dev ## lint, and check the formatting
 	$(BIN)/ruff check .
@@ -70,7 +73,7 @@ $(VENV)/.installed-dev: pyproject.toml
 
 $(COMPAT_VENV)/.installed-compat: pyproject.toml
 	$(PYTHON) -m venv $(COMPAT_VENV)
-	$(COMPAT_VENV)/bin/python $(PIP) torch==$(COMPAT_TORCH) transformers==$(TRANSFORMERS) pytest peft --editable .
+	$(COMPAT_VENV)/bin/python $(PIP) torch==$(COMPAT_TORCH) transformers==$(TRANSFORMERS) pytest pytest-xdist peft --editable .
 	touch $@
 
 $(LMMS_EVAL_VENV)/.installed: pyproject.toml $(VENV)/.installed-dev

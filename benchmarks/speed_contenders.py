@@ -19,6 +19,8 @@ from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
 
 IMAGE = 3  # the placeholder's id in every model here
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+QWEN = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}  # wider in the class's defaults
+QWEN_TINY = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
 CLIP_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -80,7 +82,7 @@ def clip(spec, device, dtype):
         config = CLIPVisionConfig(image_size=side, patch_size=14, attn_implementation=attention, **shape)
         return CLIPVisionModel(config)
 
-    @functools.cache
+    @functools.lru_cache(maxsize=1)  # others would count as this one's memory
     def model(side):
         return built(lambda: make(side, "sdpa"), device, dtype)
 
@@ -182,9 +184,21 @@ def loaded(spec, device, dtype):
         with torch.inference_mode():
             torch.save(model(**prepare(task)).logits.float().cpu(), Path(spec["folder"]) / name)
         call, facts = do(task)
-        return call, {**facts, "logits": name}
+        return call, {**facts, "logits": name, "stored": stored(model)}
 
     return do_and_keep
+
+
+def stored(model) -> int:
+    """Bytes of all weights as they lie in memory, quantized ones packed; without bitsandbytes' scales."""
+
+    def parts(tensor):
+        if not hasattr(tensor, "__tensor_flatten__"):
+            return [tensor]
+        return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+
+    whole = [part for tensor in (*model.parameters(), *model.buffers()) for part in parts(tensor)]
+    return sum({part.data_ptr(): part.numel() * part.element_size() for part in whole}.values())
 
 
 def _clip_config(tiny: bool):
@@ -248,10 +262,9 @@ def qwen2_5_vl(spec, device, dtype):
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads")
     shape = {name: text[name] for name in names}
-    vision = {"depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 128} if spec["tiny"] else {}
     config = Qwen2_5_VLConfig(
         text_config={**shape, "num_attention_heads": heads, "rope_parameters": rope, "tie_word_embeddings": True},
-        vision_config={**vision, "out_hidden_size": text["hidden_size"]},
+        vision_config={**(QWEN_TINY if spec["tiny"] else QWEN), "out_hidden_size": text["hidden_size"]},
         image_token_id=IMAGE,
         vision_start_token_id=4,
         vision_end_token_id=5,

@@ -110,7 +110,7 @@ def plot(single: list[dict], batches: list[dict], fits: list[dict], path) -> Non
         megapixels = [row["pixels"] / 1e6 for row in rows]
         label = f"{found['name']}: pixels^{found['power']:.2f}"
         time_axis.plot(megapixels, [row["seconds"] for row in rows], "o-", label=label)
-        memory_axis.plot(megapixels, [row["beyond"] / 2**20 for row in rows], "o-", label=found["name"])
+        memory_axis.plot(megapixels, [row["beyond"] / 2**20 for row in rows], "o-")
     time_axis.set(xlabel="megapixels", ylabel="seconds", title="Time of a tower, one picture")
     memory_axis.set(xlabel="megapixels", ylabel="MiB", title="Memory beyond the weights")
     if batches:
@@ -118,8 +118,8 @@ def plot(single: list[dict], batches: list[dict], fits: list[dict], path) -> Non
         batch_axis.set(ylim=(0, None))
     batch_axis.set(xlabel="pictures in a batch", ylabel="seconds", title="Ours, by batch size")
     for axis in (time_axis, memory_axis):
-        axis.legend()
         axis.set(xlim=(0, None), ylim=(0, None))
+    time_axis.legend()
     figure.savefig(path, dpi=120)
     note(f"wrote {path}")
 

@@ -8,7 +8,8 @@ written to a temporary folder: a small tower, which stays as it is anyway, and a
 Qwen2.5's 0.5B. Logits are compared with those of the checkpoint as it is, at all positions of one prompt with a
 picture: relative change, and how often the likeliest token stays the same. Of random weights the change is that of
 the rounding alone; tokens are nearly as likely as one another there, so that those of a trained model stay the same
-more often. Writes benchmarks/results/speed/quantization.md and .json.
+more often. Peak memory is the process's: on a CPU it holds what the weights were read from, too, until other programs
+want that memory. Writes benchmarks/results/speed/quantization.md and .json.
 """
 
 import sys
@@ -43,7 +44,8 @@ def main() -> int:
         compare(rows, Path(folder))
     columns = [
         ("loaded", lambda row: row["name"]),
-        ("memory of the weights", lambda row: gib(row["weights"])),
+        ("weights", lambda row: gib(row["stored"])),
+        ("peak memory", lambda row: gib(row["peak"])),
         ("first token after", lambda row: seconds(row["seconds"])),
         ("tokens/s", lambda row: f"{row['tokens_per_second']:.1f}"),
         ("change in logits", lambda row: percent(row.get("change"))),

@@ -39,7 +39,7 @@ def tasks_of(name: str, tiny: bool) -> list[dict]:
         return [{"size": size} for size in [*SQUARES[1:], SHAPES[0]]]
     if name == "ConvNextModel":
         return [{"size": size} for size in [*SQUARES[1:]]]
-    # 336 is no multiple of 64: the next that is one
+    # 336 is no multiple of 64: the nearest that is one
     return [{"size": size} for size in [[320, 320], *SQUARES[1:], *SHAPES]]
 
 
