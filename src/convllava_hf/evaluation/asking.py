@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from ..errors import first_line
-from ..inference import GREEDY, Assistant, assistant_turn, prompt_inputs
+from ..inference import Assistant, assistant_turn, prompt_inputs
 from ..modeling.processing_convllava import ConvLlavaProcessor
+from .batches import generate
 from .judging import Seen
 from .samples import MissingValueError, Sample
 from .sources import Failure, Source
@@ -207,19 +208,6 @@ def continuation_ids(tokenizer, prompt: str, text: str) -> list[int]:
         return after[len(before) :]
     # A token spans the prompt's end and the answer's beginning; the answer is then tokenized by itself.
     return tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
-
-
-@torch.inference_mode()
-def generate(model, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> list[list[int]]:
-    """Greedy answers to a batch of prompts that are padded on the left: the new tokens of each up to its end."""
-    output = model.generate(**inputs, **GREEDY, num_beams=1, max_new_tokens=max_new_tokens)
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    rows = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-        rows.append(row[:length])
-    return rows
 
 
 @torch.inference_mode()

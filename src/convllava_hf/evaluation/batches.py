@@ -1,6 +1,6 @@
 """Many conversations at once: their answers, and how likely given answers are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,20 +57,32 @@ def answer_batch(
         # Alone, the shorter ones have more room than beside the longest one.
         options = {"max_new_tokens": max_new_tokens, **sampling}
         return [answer_batch(assistant, [one], **options)[0] for one in conversations]
+    if room is not None:
+        max_new_tokens = min(max_new_tokens, room)
     try:
-        output = assistant.model.generate(
-            **inputs,
-            **{**GREEDY, "num_beams": 1, **sampling},
-            max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
-        )
+        return generate(assistant.model, inputs, max_new_tokens, **sampling)
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(
             f"The memory of {assistant.device} does not hold {len(conversations)} conversations of {length} tokens "
             f"beside the model in {assistant.dtype}. Choose a smaller batch. {first_line(error)}"
         ) from error
-    ends = assistant.model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return [_up_to_end(row, ends) for row in output[:, length:].tolist()]
+
+
+@torch.inference_mode()
+def generate(model, inputs: Mapping[str, torch.Tensor], max_new_tokens: int, **sampling: Any) -> list[list[int]]:
+    """The new tokens of each of a batch of prompts, up to its end; greedy unless `sampling` says otherwise.
+
+    Args:
+        inputs: of prompts padded on the left.
+    """
+    output = model.generate(**inputs, **{**GREEDY, "num_beams": 1, **sampling}, max_new_tokens=max_new_tokens)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    rows = []
+    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+        length = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:length])
+    return rows
 
 
 def decode_answers(assistant: Assistant, token_ids: Sequence[list[int]]) -> list[str]:
@@ -123,13 +135,6 @@ def _room(assistant: Assistant, tokens: int) -> int | None:
             "fewer pictures, or at a lower resolution."
         )
     return context - tokens
-
-
-def _up_to_end(token_ids: list[int], ends: Sequence[int | None]) -> list[int]:
-    for position, token_id in enumerate(token_ids):
-        if token_id in ends:
-            return token_ids[: position + 1]
-    return token_ids
 
 
 def _answered(text: str) -> dict[str, Any]:

@@ -162,9 +162,9 @@ class FindingsPlan:
     """
 
     tower_steps: int = 2400
-    language_steps: int = 1200
-    stage1_scenes: int = 4800
-    stage2_scenes: int = 10000
+    language_steps: int = 800
+    stage1_scenes: int = 4000
+    stage2_scenes: int = 8000
     test_scenes: int = 400
     seeds: int = SEEDS
 
