@@ -102,6 +102,7 @@ def quickstart(run: Run) -> dict[str, Any]:
     results = {
         "seed": seed,
         "scenes": plan.test_scenes,
+        "boxes_taught": plan.boxes,
         **run.record["results"]["evaluation"],
         "seconds": run.record["seconds"],
         "losses": run.record["losses"],

@@ -19,6 +19,7 @@ from .report_parts import (
     duration,
     loss_limits,
     missing,
+    note_on_boxes,
     overlap,
     plain,
     share,
@@ -119,7 +120,7 @@ def _accuracies(results: Mapping[str, Any]) -> list[str]:
         "<section>",
         "<h2>How often it is right</h2>",
         "<p>Share of questions answered rightly. A box is right if it overlaps the true one by half (intersection "
-        "over union)."
+        f"over union). {note_on_boxes(results)}"
         + (f" Of {min(asked)} answers, a share is known to within ±{1 / math.sqrt(min(asked)):.2f}." if asked else "")
         + "</p>",
         '<ul class="legend">',
