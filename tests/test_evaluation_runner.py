@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -505,3 +506,16 @@ def test_batches_are_made_ready_in_threads_without_disturbing_each_other(assista
         made = future.result()
         assert not made.failures and made.options == one.options
         assert torch.equal(made.inputs["input_ids"], one.inputs["input_ids"])
+
+
+@pytest.mark.parametrize("device, beside", [("cpu", False), ("cuda", True)])
+def test_batches_are_made_ready_beside_the_model_where_another_device_runs_it(device, beside):
+    here = threading.get_ident()
+    asker = types.SimpleNamespace(
+        assistant=types.SimpleNamespace(device=torch.device(device)),
+        prepare=lambda batch: (threading.get_ident(), batch),
+    )
+    batches = [["a", "b"], ["c"], ["d"], ["e"]]
+    threads, prepared = zip(*runner._prepared(asker, batches), strict=True)
+    assert list(prepared) == batches
+    assert all((thread != here) is beside for thread in threads)
