@@ -262,17 +262,6 @@ def test_findings_and_the_quickstart_stay_apart(capsys, tmp_path):
     assert "'seed': 3" in message and "'seed': 4" in message
 
 
-def test_boxes_are_taught_on_demand(capsys, tmp_path):
-    """A run with boxes is another one than a run without."""
-    pytest.importorskip("trl")
-    pytest.importorskip("sklearn")
-    from convllava_hf.miniature.quickstart import open_run
-
-    open_run(tmp_path / "run")
-    message = refusal(capsys, "quickstart", "--boxes", "--output", str(tmp_path / "run"))
-    assert message.index("'boxes': False") < message.index("'boxes': True")
-
-
 # --- the frame
 
 

@@ -146,14 +146,6 @@ def test_table_holds_every_figure(results):
     assert len({len(line) for line in (head, rule, *rows)}) == 1  # columns stand under one another
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_boxes_that_were_not_taught_are_no_riddle(results, tmp_path, taught):
-    results["boxes_taught"] = taught
-    note = "Boxes were not taught: --boxes does."
-    assert format_table(results).endswith(note) is not taught
-    assert (note in words(page_of(results, tmp_path))) is not taught
-
-
 @pytest.mark.parametrize("nothing", [None, math.nan])
 def test_a_kind_that_was_not_asked_has_a_dash(results, tmp_path, nothing):
     for name in ("accuracy", "chance", "blind"):

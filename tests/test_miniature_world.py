@@ -176,12 +176,12 @@ def test_answers_follow_from_the_picture():
         for mix in (language.Mix(1, 0, 0), language.Mix(0, 1, 0)):
             ((prompt, caption),) = language.conversation(scene, rng, mix)
             assert answer_of(prompt, everything, scene.sign.digit) == caption
-        cells = ["ground"] * 16
+        cells = [("ground",)] * 16
         for thing in everything:
             row, column = place(thing.box, 256)
-            word = f"sign-{scene.sign.digit}" if thing.shape == "sign" else f"{thing.color}-{thing.shape}"
-            cells[4 * (row - 1) + column - 1] = word
-        assert language.text_picture(scene).split(" ") == cells
+            words = ("sign", str(scene.sign.digit)) if thing.shape == "sign" else (thing.color, thing.shape)
+            cells[4 * (row - 1) + column - 1] = words
+        assert language.text_picture(scene) == cells
     assert min(kinds[kind] for kind in ("reading", "presence", "count", "grounding")) == 150
     assert min(kinds.values()) > 100
 
@@ -226,6 +226,18 @@ def test_conversations_are_captions_or_boxes_or_questions():
         assert abs(about[what] / number - share) < 4.5 * math.sqrt(share * (1 - share) / number), what
     assert len(orders["boxes"]) == math.factorial(len(boxes))  # in any order
     assert len(orders["questions"]) == math.factorial(len(others))
+
+
+def test_boxes_come_after_all_else():
+    """As many as the mix says, of different things, and fewer where there are no more."""
+    rng = np.random.default_rng(0)
+    for scene in scenes(30):
+        others = [q.text[:8] for q in language.questions(scene, np.random.default_rng(0)) if q.kind != "grounding"]
+        boxes = {f"Give the bounding box of the {thing.color} {thing.shape}." for thing in scene.things}
+        prompts = [prompt for prompt, _ in language.conversation(scene, rng, language.Mix(0, 0, 0, boxes_at_end=2))]
+        assert sorted(prompt[:8] for prompt in prompts[: len(others)]) == sorted(others)
+        last = set(prompts[len(others) :])
+        assert last <= boxes and len(last) == len(prompts) - len(others) == min(2, len(boxes))
 
 
 CLASSES = {"reading": 10, "color": 6, "shape": 5, "presence": 2, "count": 3}

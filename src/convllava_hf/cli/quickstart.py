@@ -27,13 +27,7 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of weights, scenes and questions (default: %(default)s)"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--boxes",
-        action="store_true",
-        help="teach bounding boxes, too: it takes almost twice as long, and the model counts worse for it",
-    )
-    what.add_argument(
+    parser.add_argument(
         "--findings",
         action="store_true",
         help="try out what the paper found about towers and resolutions instead: five ways to train, with this seed "
@@ -50,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from ..miniature.quickstart import WITH_BOXES, Plan, open_run, quickstart
+    from ..miniature.quickstart import open_run, quickstart
     from ..miniature.report import format_table, write_report
 
     output = args.output or Path("quickstart")
-    training = open_run(output, seed=args.seed, plan=WITH_BOXES if args.boxes else Plan())
+    training = open_run(output, seed=args.seed)
     print(f"A ConvLLaVA in miniature, from nothing, into {output}. Ctrl-C stops it; the same command goes on.")
     results = quickstart(training)
     commands = _next_commands(output, results)

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from .language import GENERAL
+from .language import GENERAL, Mix
 from .progress import logs_to
 from .quickstart import (
     EXTRA_STAGE_DEPTH,
-    MIXES_WITHOUT_BOXES,
     SIDE,
     Emit,
     assemble_model,
@@ -42,8 +41,11 @@ KINDS = ("reading", *GENERAL)
 WORLD = World(sign_sizes=(3, 5))
 # Pixels of what the tower sees in stage 0: from a sign's in a picture of 128 pixels to a thing's in one of 256.
 TOWER_SIZES = (19, 102)
-# A job may have no processes of its own, so that none is left behind when it is ended.
-_IN_A_JOB = ("--dataloader_num_workers", "0")
+# No boxes are asked for: they take long to learn.
+MIXES = {
+    "stage1": Mix(captions=1.0, grounded_captions=0.0, boxes=0.0),
+    "stage2": Mix(captions=0.1, grounded_captions=0.0, boxes=0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class FindingsPlan:
     """
 
     tower_steps: int = 2400
-    language_steps: int = 800
+    language_steps: int = 700
     stage1_scenes: int = 4000
     stage2_scenes: int = 8000
     test_scenes: int = 400
@@ -208,11 +210,11 @@ def find_out(run: Run) -> dict[str, Any]:
 
 
 def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
-    """Stage 0 and the pictures of a seed, which its arms share. No boxes are asked for: they take long to learn."""
+    """Stage 0 and the pictures of a seed, which its arms share."""
     place = _place(folder, seed)
     jobs = stage0_jobs(place / "stage0", seed, plan.tower_steps, plan.language_steps, WORLD, TOWER_SIZES, boxes=False)
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
-    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, MIXES_WITHOUT_BOXES)
+    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, MIXES)
     return {_name(seed, name): job for name, job in jobs.items()}
 
 
@@ -248,7 +250,7 @@ def _train_stage1(place: Path, side: int, stages: int, seed: int, emit: Emit) ->
     extra = EXTRA_STAGE_DEPTH if stages == 5 else 0
     assemble_model(start, stage0=place / "stage0", seed=seed, side=side, extra_stage_depth=extra)
     trained = ["projector"] if stages == 4 else ["projector", "vision_tower.stages.4"]
-    options = [*_IN_A_JOB, "--trainable", *trained]
+    options = ["--trainable", *trained]
     with logs_to(place / f"stage1-{stages}.log"):
         train_by_recipe(1, start, output, place / "data" / "stage1", seed, _teller(emit), options)
 
@@ -257,7 +259,7 @@ def _train_arm(place: Path, name: str, seed: int, scenes: int, emit: Emit) -> No
     """Stage 2 of an arm, and what it comes to, into `NAME.json`."""
     one_thread()
     arm, output = ARMS[name], place / name
-    options = [*_IN_A_JOB, "--trainable", "projector", arm.trained, "language_model", "lm_head"]
+    options = ["--trainable", "projector", arm.trained, "language_model", "lm_head"]
     resumed, started = output.exists(), time.perf_counter()
     with logs_to(place / f"{name}.log"):
         data = place / "data" / "stage2"

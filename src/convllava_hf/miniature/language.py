@@ -10,19 +10,26 @@ from .world import CELLS, COLORS, SHAPES, UNITS, Box, Scene, Thing, cell_of
 GENERAL = ("color", "shape", "presence", "count")
 KINDS = ("reading", *GENERAL, "grounding")
 NUMBERS = ("zero", "one", "two", "three")
-EDGES = 16  # numbers that tell a reader of text pictures where a box is
+_PERIODS = UNITS * np.array([2, 1, 1 / 2])
+EDGES = 4 * 2 * len(_PERIODS)  # numbers that tell a reader of text pictures where a box is
 CAPTION_PROMPT = "Describe the picture."
 GROUNDED_PROMPT = "Describe the picture with bounding boxes."
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What conversations are about, by shares: captions without and with boxes, the boxes of single things, and for
-    the rest questions of the other kinds."""
+    """What conversations are about.
+
+    Args:
+        captions, grounded_captions: share of captions, without boxes and with them.
+        boxes: share of conversations about the boxes of all things. The rest is questions of the other kinds.
+        boxes_at_end: how many boxes are asked for after those.
+    """
 
     captions: float
     grounded_captions: float
     boxes: float
+    boxes_at_end: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,28 +53,28 @@ def caption(scene: Scene, boxes: bool = False) -> str:
     return ", ".join(f"{what} {box_text(box)}" if boxes else what for _, what, box in sorted(facts)) + "."
 
 
-def text_picture(scene: Scene) -> str:
-    """A scene in words, one for each cell in reading order: what a language model can look at.
+def text_picture(scene: Scene) -> list[tuple[str, ...]]:
+    """A scene in words, some for each cell in reading order: what a language model can look at.
 
-    They stand at the very positions where visual tokens will be. Text pictures are to the miniature's language model
-    what all that it has read is to Vicuna: a way to know about things, places and questions about them before it ever
-    sees a picture.
+    The words of a cell are said at once, at the very position where its visual token will be. Text pictures are to the
+    miniature's language model what all that it has read is to Vicuna: a way to know about things, places and questions
+    about them before it ever sees a picture.
     """
-    words = {cell_of(thing.box): f"{thing.color}-{thing.shape}" for thing in scene.things}
-    words[cell_of(scene.sign.box)] = f"sign-{scene.sign.digit}"
-    return " ".join(words.get((row, column), "ground") for row in range(CELLS) for column in range(CELLS))
+    words = {cell_of(thing.box): (thing.color, thing.shape) for thing in scene.things}
+    words[cell_of(scene.sign.box)] = ("sign", str(scene.sign.digit))
+    return [words.get((row, column), ("ground",)) for row in range(CELLS) for column in range(CELLS)]
 
 
 def edges_of_cells(scene: Scene) -> np.ndarray:
-    """Where the edges of what stands in the cells of a text picture are, (16, 16); 0 where there is nothing.
+    """Where the edges of what stands in the cells of a text picture are, (16, 24); 0 where there is nothing.
 
-    Sines and cosines of left, top, right and bottom, with periods of twice the picture's side and of once. From a
-    number for each line of the grid the language model learns boxes sooner, but the projector, which has to make the
-    same of a picture, learnt them later.
+    Sines and cosines of left, top, right and bottom, with periods of twice the picture's side, once and half of it:
+    the long ones say where roughly, the short ones exactly. Told of places within the cell instead, the language
+    model would have to know which column a cell is in, and does not learn it in the time.
     """
     edges = np.zeros((CELLS, CELLS, EDGES), np.float32)
     for box in (*(thing.box for thing in scene.things), scene.sign.box):
-        angles = np.outer(np.array(box) / UNITS, np.pi * np.array([1, 2])).reshape(-1)
+        angles = np.outer(box, 2 * np.pi / _PERIODS).reshape(-1)
         edges[cell_of(box)] = np.concatenate([np.sin(angles), np.cos(angles)])
     return edges.reshape(-1, EDGES)
 
@@ -75,20 +82,22 @@ def edges_of_cells(scene: Scene) -> np.ndarray:
 def conversation(scene: Scene, rng: np.random.Generator, mix: Mix) -> list[tuple[str, str]]:
     """What is said about a scene, in turns of a prompt and its answer.
 
-    It is a caption, or the boxes of all things in random order, or one question of each other kind in random order.
-    Boxes have conversations of their own: whoever has been asked for the box of the red square need not look any more
-    to know that there is one.
+    It is a caption, or the boxes of all things in random order, or one question of each other kind in random order,
+    with boxes after them. Before them there are none: whoever has been asked for the box of the red square need not
+    look any more to know that there is one.
     """
+    boxes = [grounding_question(scene.things[i]) for i in rng.permutation(len(scene.things))]
     drawn = rng.random()
     if drawn < mix.captions:
         return [(CAPTION_PROMPT, caption(scene))]
     if (drawn := drawn - mix.captions) < mix.grounded_captions:
         return [(GROUNDED_PROMPT, caption(scene, boxes=True))]
     if drawn - mix.grounded_captions < mix.boxes:
-        asked = [_grounding(thing) for thing in scene.things]
+        asked = boxes
     else:
-        asked = [question for question in questions(scene, rng) if question.kind != "grounding"]
-    return [(asked[i].text, asked[i].answer) for i in rng.permutation(len(asked))]
+        others = [question for question in questions(scene, rng) if question.kind != "grounding"]
+        asked = [others[i] for i in rng.permutation(len(others))] + boxes[: mix.boxes_at_end]
+    return [(question.text, question.answer) for question in asked]
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -105,10 +114,20 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
         thing = alone[rng.integers(len(alone))]
         found.append(Question("shape", f"What shape is the {thing.color} object?", thing.shape))
     found.append(_presence(scene, rng))
-    number = sum(scene.counted in (thing.color, thing.shape) for thing in scene.things)
-    found.append(Question("count", f"How many {_plural(scene.counted)} are there?", NUMBERS[number]))
-    found.append(_grounding(scene.things[rng.integers(len(scene.things))]))
+    found.append(count_question(scene, scene.counted))
+    found.append(grounding_question(scene.things[rng.integers(len(scene.things))]))
     return found
+
+
+def count_question(scene: Scene, counted: str) -> Question:
+    """How many things have a colour or a shape."""
+    number = sum(counted in (thing.color, thing.shape) for thing in scene.things)
+    return Question("count", f"How many {_plural(counted)} are there?", NUMBERS[number])
+
+
+def grounding_question(thing: Thing) -> Question:
+    """Where a thing is."""
+    return Question("grounding", f"Give the bounding box of the {thing.color} {thing.shape}.", box_text(thing.box))
 
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question:
@@ -123,10 +142,6 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
     ]  # fmt: skip
     color, shape = absent[rng.integers(len(absent))]
     return Question("presence", f"Is there {_article(color)} {shape}?", "no")
-
-
-def _grounding(thing: Thing) -> Question:
-    return Question("grounding", f"Give the bounding box of the {thing.color} {thing.shape}.", box_text(thing.box))
 
 
 def _alone(scene: Scene, attribute: str) -> list[Thing]:

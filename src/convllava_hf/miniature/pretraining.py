@@ -30,7 +30,9 @@ from .language import (
     Mix,
     caption,
     conversation,
+    count_question,
     edges_of_cells,
+    grounding_question,
     questions,
     text_picture,
 )
@@ -47,11 +49,17 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
-# Words, coordinates, digits, signs: each with the blank before it.
-_PIECES = r" ?[A-Za-z]+(?:-[A-Za-z0-9]+)?| ?\d\.\d\d| ?\d| ?[^\sA-Za-z\d]|\s"
+# Words, coordinates with the sign beside them, digits, other signs: each with the blank before it. So a box is four
+# tokens, and a token says which edge it is.
+_PIECES = r" ?[A-Za-z]+| ?\[?\d\.\d\d[,\]]?| ?\d| ?[^\sA-Za-z\d]|\s"
 _CAPTION_SHARE = 0.2
-_BOX_WEIGHT = 4.0
-_MUON_RATE = 0.02
+_WEIGHTS = {"Give the bounding box": 4.0, "How many": 2.0}  # of answers, by how the question begins; else 1
+# Of Muon, for the matrices of each. At 0.02 some seeds of the language model never learn to look up colours.
+_TOWER_RATE, _LANGUAGE_RATE = 0.02, 0.01
+# Deviation of embeddings at first. A projector's output is about as long. If words were much shorter, what attention
+# adds at the place of a word, as which row and column it stands in, would be lost on the long visual tokens.
+_EMBEDDING = 1.0
+_ROOM = 160  # tokens of a text picture and what is asked about it: attention's cost grows with their square
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
@@ -94,7 +102,7 @@ def train_tower(
         reach = F.smooth_l1_loss(said[there, len(_NAMES) :], torch.from_numpy(edges).flatten(0, 2)[there])
         return F.cross_entropy(said[:, : len(_NAMES)], targets, weight=weights) + reach
 
-    _fit(nn.ModuleList([tower, head]), loss, steps, 5e-3, on_step)
+    _fit(nn.ModuleList([tower, head]), loss, steps, (_TOWER_RATE, 5e-3), on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         tower.save_pretrained(new)
     return folder
@@ -111,8 +119,9 @@ def train_language_model(
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
 
-    Where a thing is exactly is no word: it is told as `language.edges_of_cells`, added to the word's embedding by
-    a linear layer that is needed here only. The projector will have the same to say in the same place.
+    The words of a cell are said at once: their embeddings are added. Where a thing is exactly is no word; it is told
+    as `language.edges_of_cells`, added by a linear layer that is needed here only. The projector will have the same to
+    say in the same place.
 
     Args:
         folder: a transformers folder to make.
@@ -138,9 +147,11 @@ def train_language_model(
     )
     model = LlamaForCausalLM(config)
     edges = nn.Linear(EDGES, config.hidden_size, bias=False)
-    nn.init.normal_(edges.weight, std=config.initializer_range / math.sqrt(EDGES / 2))  # as long as embeddings are
+    nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING)
+    nn.init.normal_(edges.weight, std=_EMBEDDING / math.sqrt(EDGES / 2))  # as long as embeddings are
     batches = text_batches(tokenizer, world, seed, boxes=boxes)
-    _fit(nn.ModuleList([model, edges]), lambda: _weighted_loss(model, edges, next(batches)), steps, 2e-3, on_step)
+    loss = lambda: _weighted_loss(model, edges, next(batches))  # noqa: E731
+    _fit(nn.ModuleList([model, edges]), loss, steps, (_LANGUAGE_RATE, 2e-3), on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -239,7 +250,8 @@ def _texts(world: World, scenes: int) -> Iterator[str]:
     rng = np.random.default_rng(0)
     for scene in itertools.islice(world.scenes("train", seed=0), scenes):
         for question, answer in conversation(scene, rng, Mix(0.2, 0.2, 0.3)):
-            yield f"USER: {text_picture(scene)}\n{question} ASSISTANT: {answer}"
+            words = " ".join(itertools.chain(*text_picture(scene)))
+            yield f"USER: {words}\n{question} ASSISTANT: {answer}"
             yield f"USER: {question} ASSISTANT: {answer}"
 
 
@@ -253,15 +265,23 @@ def text_batches(
     picture only after thousands of steps more.
 
     Returns:
-        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `edges`, (size,
-        positions, 16), as `language.edges_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size,
-        1, positions, positions), to be added to the scores of attention.
+        Endlessly `input_ids`, `position_ids`, `labels` and the labels' `weights`, (size, positions); `beside`,
+        (size, positions), tokens that are said at the same time, -1 for none; `edges`, (size, positions, 24), as
+        `language.edges_of_cells` has them, 0 outside the text picture; and `attention_mask`, (size, 1, positions,
+        positions), to be added to the scores of attention.
     """
     encode = functools.lru_cache(4096)(functools.partial(tokenizer.encode, add_special_tokens=False))
     scenes, rng = world.scenes("train", [seed, 1]), np.random.default_rng([seed, 200])
+    start = [tokenizer.bos_token_id, *encode("USER:")]
     while True:
-        samples = [_text_sample(scene, rng, tokenizer, encode, boxes) for scene in itertools.islice(scenes, size)]
-        yield _text_batch(samples, tokenizer.pad_token_id)
+        told = list(itertools.islice(scenes, size))
+        batch = _text_batch(
+            [_text_sample(start, scene, rng, tokenizer, encode, boxes) for scene in told], tokenizer.pad_token_id
+        )
+        edges = np.zeros((*batch["input_ids"].shape, EDGES), np.float32)
+        if boxes:
+            edges[:, len(start) : len(start) + CELLS**2] = np.stack([edges_of_cells(scene) for scene in told])
+        yield {**batch, "edges": torch.from_numpy(edges)}
 
 
 class _Position(NamedTuple):
@@ -270,37 +290,46 @@ class _Position(NamedTuple):
     weight: float
     part: int  # 0 for the picture, then the number of the question; -1 for padding
     place: int
-    edges: Sequence[float] = (0.0,) * EDGES
+    beside: int = -1  # a second token that is said at the same time; -1 for none
 
 
-def _text_sample(scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable, boxes: bool) -> list[_Position]:
-    """A text picture and questions about it, each tokenized as the chat template writes it alone.
+def _text_sample(
+    start: Sequence[int], scene: Scene, rng: np.random.Generator, tokenizer, encode: Callable, boxes: bool
+) -> list[_Position]:
+    """A text picture and questions about it, each tokenized as the chat template writes it alone, as many as fit.
 
-    The tokens of an answer weigh 1 together, for captions not to drown yes and no; a box has four things to say.
+    The tokens of an answer weigh 1 together, for captions not to drown yes and no. Boxes weigh more, since they have
+    four things to say, and numbers, since counting takes longest to learn.
     """
-    nowhere = _Position._field_defaults["edges"]
-    places = edges_of_cells(scene).tolist() if boxes else [nowhere] * CELLS**2
-    words = [
-        (token, edges)
-        for word, edges in zip(text_picture(scene).split(), places, strict=True)
-        for token in encode(f" {word}")
-    ]
-    picture = [(token, nowhere) for token in (tokenizer.bos_token_id, *encode("USER:"))]
-    picture += [*words, *((token, nowhere) for token in encode("\n"))]
-    sample = [_Position(token, -100, 0.0, 0, place, edges) for place, (token, edges) in enumerate(picture)]
-    for part, (question, answer) in enumerate(_asked_of_text(scene, rng, boxes), start=1):
+    sample = [_Position(token, -100, 0.0, 0, place) for place, token in enumerate(start)]
+    for words in text_picture(scene):
+        token, *beside = (encode(f" {word}")[0] for word in words)
+        sample.append(_Position(token, -100, 0.0, 0, len(sample), *beside))
+    sample += [_Position(token, -100, 0.0, 0, place) for place, token in enumerate(encode("\n"), start=len(sample))]
+    behind = len(sample)
+    turns = _asked_of_text(scene, rng, boxes)
+    for part, chosen in enumerate(rng.permutation(len(turns)), start=1):
+        question, answer = turns[chosen]
         asked = encode(question) + encode(" ASSISTANT:")
         answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
+        if len(sample) + len(asked) + len(answered) > _ROOM:
+            break
         labels = [-100] * len(asked) + answered
-        weight = _BOX_WEIGHT if "[" in answer else 1.0
-        for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=len(picture)):
+        weight = next((weight for words, weight in _WEIGHTS.items() if question.startswith(words)), 1.0)
+        for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=behind):
             sample.append(_Position(token, label, 0.0 if label == -100 else weight / len(answered), part, place))
     return sample
 
 
 def _asked_of_text(scene: Scene, rng: np.random.Generator, boxes: bool) -> list[tuple[str, str]]:
-    """Questions of each kind, drawn twice, and now and then a caption; none of them twice."""
-    asked = [question for _ in range(2) for question in questions(scene, rng) if boxes or question.kind != "grounding"]
+    """Questions of each kind, drawn twice, the boxes of all things, more to count, and now and then a caption; none of
+    them twice."""
+    asked = [question for _ in range(2) for question in questions(scene, rng) if question.kind != "grounding"]
+    there = sorted({attribute for thing in scene.things for attribute in (thing.color, thing.shape)})
+    for attributes in (there, [*COLORS, *SHAPES]):
+        asked.append(count_question(scene, attributes[rng.integers(len(attributes))]))
+    if boxes:
+        asked += [grounding_question(thing) for thing in scene.things]
     turns = [(question.text, question.answer) for question in asked]
     if rng.random() < _CAPTION_SHARE:
         turns.append((CAPTION_PROMPT, caption(scene)))
@@ -313,19 +342,19 @@ def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Ten
     longest = max(map(len, samples))
     padding = _Position(pad, -100, 0.0, -1, 0)
     rows = [sample + [padding] * (longest - len(sample)) for sample in samples]
-    tokens, labels, weights, parts, places, edges = (
+    tokens, labels, weights, parts, places, beside = (
         torch.tensor([[position[field] for position in row] for row in rows]) for field in range(6)
     )
     seen = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])  # (size, positions, positions)
     seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    batch = {"input_ids": tokens, "position_ids": places, "attention_mask": mask[:, None], "edges": edges}
-    return {**batch, "labels": labels, "weights": weights}
+    mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    batch = {"input_ids": tokens, "beside": beside, "labels": labels, "weights": weights}
+    return {**batch, "position_ids": places, "attention_mask": mask[:, None]}
 
 
 def _weighted_loss(model: nn.Module, edges: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the labels, each with its weight."""
-    embeddings = model.get_input_embeddings()(batch["input_ids"]) + edges(batch["edges"])
+    embeddings = embed_text(model, edges, batch["input_ids"], batch["beside"], batch["edges"])
     inputs = {name: batch[name] for name in ("position_ids", "attention_mask")}
     logits = model(inputs_embeds=embeddings, **inputs).logits
     labels, weights = batch["labels"][:, 1:].flatten(), batch["weights"][:, 1:].flatten()
@@ -333,9 +362,30 @@ def _weighted_loss(model: nn.Module, edges: nn.Linear, batch: dict[str, torch.Te
     return (losses * weights).sum() / weights.sum()
 
 
-def _fit(model: nn.Module, loss_of_step: Callable, steps: int, rate: float, on_step: OnStep | None) -> None:
-    """Trains with warm-up and cosine decay, in bfloat16 where it saves time."""
-    optimizers = _optimizers(model, rate)
+def embed_text(
+    model: nn.Module, edges: nn.Linear, tokens: torch.Tensor, beside: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor:
+    """What the language model gets to read of a batch of text pictures, (size, positions, hidden size).
+
+    Args:
+        tokens: (size, positions).
+        beside: tokens that are said at the same time, -1 for none, (size, positions).
+        places: `language.edges_of_cells`, (size, positions, 24).
+    """
+    embed = model.get_input_embeddings()
+    second = embed(beside.clamp(min=0)) * (beside >= 0).unsqueeze(-1)
+    return embed(tokens) + second + edges(places)
+
+
+def _fit(
+    model: nn.Module, loss_of_step: Callable, steps: int, rates: tuple[float, float], on_step: OnStep | None
+) -> None:
+    """Trains with warm-up and cosine decay, in bfloat16 where it saves time.
+
+    Args:
+        rates: of the layers' matrices and of everything else.
+    """
+    optimizers = _optimizers(model, *rates)
     warmup = max(5, steps // 20)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -356,7 +406,7 @@ def _fit(model: nn.Module, loss_of_step: Callable, steps: int, rate: float, on_s
             on_step(step, steps, loss.item())
 
 
-def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, matrix_rate: float, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for everything else.
 
     With AdamW alone, a language model of this size stays for thousands of steps where it answers from what is in the
@@ -366,6 +416,6 @@ def _optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=_MUON_RATE, momentum=0.95, weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=matrix_rate, momentum=0.95, weight_decay=0.0),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]

@@ -8,7 +8,7 @@ from ..errors import ConvLlavaError
 from .report_figure import report_figure
 from .report_findings import write_findings
 from .report_page import report_page
-from .report_parts import note_on_boxes, share, write_whole
+from .report_parts import share, write_whole
 
 
 __all__ = ["format_table", "write_findings", "write_report"]
@@ -22,8 +22,6 @@ def format_table(results: Mapping[str, Any]) -> str:
     lines.append("-" * len(lines[0]))
     for kind in results["accuracy"]:
         lines.append(f"{kind:<{width}}" + "".join(f"  {share(results[name][kind]):>8}" for name in columns))
-    if note := note_on_boxes(results):
-        lines.append(note)
     return "\n".join(lines)
 
 

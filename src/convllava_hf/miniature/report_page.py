@@ -19,7 +19,6 @@ from .report_parts import (
     duration,
     loss_limits,
     missing,
-    note_on_boxes,
     overlap,
     plain,
     share,
@@ -120,7 +119,7 @@ def _accuracies(results: Mapping[str, Any]) -> list[str]:
         "<section>",
         "<h2>How often it is right</h2>",
         "<p>Share of questions answered rightly. A box is right if it overlaps the true one by half (intersection "
-        f"over union). {note_on_boxes(results)}"
+        "over union)."
         + (f" Of {min(asked)} answers, a share is known to within ±{1 / math.sqrt(min(asked)):.2f}." if asked else "")
         + "</p>",
         '<ul class="legend">',

@@ -19,7 +19,6 @@ __all__ = [
     "duration",
     "loss_limits",
     "missing",
-    "note_on_boxes",
     "overlap",
     "plain",
     "share",
@@ -102,11 +101,6 @@ def loss_limits(drawn: Mapping[str, Curve]) -> tuple[float, float]:
     """Smallest and largest loss of all curves with some room, for a logarithmic axis that all share."""
     values = [loss for curve in drawn.values() for _, loss in curve] or [0.1, 10]
     return min(values) / 1.35, max(values) * 1.35
-
-
-def note_on_boxes(results: Mapping) -> str:
-    """Why grounding fails, if the model was taught no boxes; else nothing."""
-    return "" if results.get("boxes_taught", True) else "Boxes were not taught: --boxes does."
 
 
 def boxes(sample: Mapping) -> list[tuple[str, tuple[float, float, float, float]]]:
