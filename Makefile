@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 WORKERS ?= 2
+# A file's tests share a worker: what they set up together is set up once.
+XDIST := -n $(WORKERS) --dist loadfile
 
 # `make test-compat TRANSFORMERS=4.57.6`: CPU only, one version of transformers, no torchvision, of the extras peft alone.
 TRANSFORMERS ?= 4.57.6
@@ -27,10 +29,10 @@ quickstart: $(VENV)/.installed ## install, then make, train and judge a miniatur
 	$(BIN)/convllava quickstart
 
 test: $(VENV)/.installed-dev ## install with the test tools and run the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow and not miniature' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m 'not slow and not miniature' $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer: servers, killed runs, several processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m slow $(PYTEST_ARGS)
 
 test-miniature: $(VENV)/.installed-dev ## train a miniature model through all stages, and ask it: about six minutes
 	$(BIN)/python -m pytest -m miniature $(PYTEST_ARGS)
@@ -39,8 +41,8 @@ test-lmms-eval: $(LMMS_EVAL_VENV)/.installed ## the tests against lmms-eval: its
 	OMP_NUM_THREADS=1 $(LMMS_EVAL_VENV)/bin/python -m pytest tests/test_lmms_eval*.py $(PYTEST_ARGS)
 
 test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of transformers: TRANSFORMERS=4.57.6
-	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow and not miniature' $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest -n $(WORKERS) -m slow $(COMPAT_SLOW) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest $(XDIST) -m 'not slow and not miniature' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest $(XDIST) -m slow $(COMPAT_SLOW) $(PYTEST_ARGS)
 
 style: $(VENV)/.installed-dev ## lint, and check the formatting
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The paper's findings in miniature: arms that differ in one thing, what follows from them, and runs that go on."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,20 @@ def test_arms_that_are_compared_differ_in_one_thing():
             assert len({replace(arm, trained="") for arm in arms}) == 1
         else:
             assert len({arm.side // 2**arm.stages for arm in arms}) == 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jobs_in_this_process():
+    """One after the other: processes of their own would spend their time importing."""
+
+    def run_jobs(jobs, on_event, at_once):
+        for name, job in jobs.items():
+            pickle.loads(pickle.dumps(job))(lambda event, name=name: on_event(name, event))
+            on_event(name, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "run_jobs", run_jobs)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,20 +20,18 @@ from convllava_hf.miniature.quickstart import Plan, open_run, quickstart  # noqa
 from convllava_hf.miniature.report import write_report  # noqa: E402
 
 
-TINY = Plan(
-    tower_steps=4, language_steps=4, stage1_scenes=64, stage2_scenes=176, stage3_scenes=32, test_scenes=8, boxes=True
-)  # fmt: skip
-# What six minutes teach. The floors stand well below what was measured (0.86, 0.98, 0.98, 0.89 and 0.57, in the order
-# of the kinds), for another machine's rounding makes another training, and above what can be had without seeing.
+TINY = Plan(tower_steps=4, language_steps=4, stage1_scenes=64, stage2_scenes=176, stage3_scenes=32, test_scenes=8)
+# What five minutes teach. The floors stand well below what was measured (0.86, 0.97, 0.95, 0.96, 0.70 and 0.44, in the
+# order of the kinds), for another machine's rounding makes another training, and above what can be had without seeing.
 SMALL = Plan(
     tower_steps=1000,
-    language_steps=800,
+    language_steps=600,
     stage1_scenes=4000,
-    stage2_scenes=9000,
-    stage3_scenes=480,
+    stage2_scenes=8000,
+    stage3_scenes=800,
     test_scenes=250,
 )
-FLOORS = {"reading": 0.2, "color": 0.5, "shape": 0.5, "presence": 0.6, "count": 0.42}
+FLOORS = {"reading": 0.2, "color": 0.5, "shape": 0.5, "presence": 0.6, "count": 0.42, "grounding": 0.15}
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +58,22 @@ def test_what_is_written(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", ["vision tower", "stage 1", "stage 2", "evaluation"])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, stop, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, tmp_path, monkeypatch):
+    """It is interrupted in its first step, and each time that it goes on in a later one."""
     whole, results = tiny
     update = module.Line.update
+    for stop in ("vision tower", "stage 1", "stage 2", "evaluation"):
 
-    def interrupt(line, *args):
-        update(line, *args)
-        if line.title == module.TITLES[stop]:
-            raise KeyboardInterrupt
+        def interrupt(line, *args, stop=stop):
+            update(line, *args)
+            if line.title == module.TITLES[stop]:
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Line, "update", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            quickstart(open_run(tmp_path / "run", seed=1, plan=TINY))
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Line, "update", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                quickstart(open_run(tmp_path / "run", seed=1, plan=TINY))
+        assert not open_run(tmp_path / "run", seed=1, plan=TINY).is_done(stop)
     resumed = quickstart(open_run(tmp_path / "run", seed=1, plan=TINY))
     for name in ("accuracy", "chance", "blind", "questions"):
         assert resumed[name] == results[name]
@@ -104,7 +104,7 @@ def test_a_model_that_learns_to_see(tmp_path):
         assert seen > max(chance, blind) + 0.05, (kind, results)
         assert blind <= chance + 0.1, (kind, results)
     right = next(sample for sample in results["samples"] if sample["correct"])
-    command = ["ask", folder / "model", folder / right["picture"], right["question"], "--dtype", "float32"]
+    command = ["ask", folder / "model", folder / right["picture"], right["question"]]
     answer = subprocess.run(
         [sys.executable, "-m", "convllava_hf", *command], capture_output=True, text=True, timeout=300
     )
