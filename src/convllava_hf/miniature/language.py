@@ -26,15 +26,15 @@ class Mix:
         boxes_at_end: how many boxes are asked for after those.
     """
 
-    captions: float
-    grounded_captions: float
-    boxes: float
+    captions: float = 0.0
+    grounded_captions: float = 0.0
+    boxes: float = 0.0
     boxes_at_end: int = 0
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene. `kind` is one of `KINDS`."""
+    """A question about a scene. `kind` is one of `KINDS`, or `"caption"`."""
 
     kind: str
     text: str

@@ -28,6 +28,7 @@ from .language import (
     EDGES,
     GROUNDED_PROMPT,
     Mix,
+    Question,
     caption,
     conversation,
     count_question,
@@ -53,7 +54,7 @@ CHAT_TEMPLATE = (
 # tokens, and a token says which edge it is.
 _PIECES = r" ?[A-Za-z]+| ?\[?\d\.\d\d[,\]]?| ?\d| ?[^\sA-Za-z\d]|\s"
 _CAPTION_SHARE = 0.2
-_WEIGHTS = {"Give the bounding box": 4.0, "How many": 2.0}  # of answers, by how the question begins; else 1
+_WEIGHTS = {"grounding": 4.0, "count": 2.0}  # of answers, by kind of question; else 1
 # Of Muon, for the matrices of each. At 0.02 some seeds of the language model never learn to look up colours.
 _TOWER_RATE, _LANGUAGE_RATE = 0.02, 0.01
 # Deviation of embeddings at first. A projector's output is about as long. If words were much shorter, what attention
@@ -307,21 +308,21 @@ def _text_sample(
         sample.append(_Position(token, -100, 0.0, 0, len(sample), *beside))
     sample += [_Position(token, -100, 0.0, 0, place) for place, token in enumerate(encode("\n"), start=len(sample))]
     behind = len(sample)
-    turns = _asked_of_text(scene, rng, boxes)
-    for part, chosen in enumerate(rng.permutation(len(turns)), start=1):
-        question, answer = turns[chosen]
-        asked = encode(question) + encode(" ASSISTANT:")
-        answered = [*encode(f" {answer}"), tokenizer.eos_token_id]
+    said = _asked_of_text(scene, rng, boxes)
+    for part, chosen in enumerate(rng.permutation(len(said)), start=1):
+        question = said[chosen]
+        asked = encode(question.text) + encode(" ASSISTANT:")
+        answered = [*encode(f" {question.answer}"), tokenizer.eos_token_id]
         if len(sample) + len(asked) + len(answered) > _ROOM:
             break
         labels = [-100] * len(asked) + answered
-        weight = next((weight for words, weight in _WEIGHTS.items() if question.startswith(words)), 1.0)
+        weight = _WEIGHTS.get(question.kind, 1.0)
         for place, (token, label) in enumerate(zip(asked + answered, labels, strict=True), start=behind):
             sample.append(_Position(token, label, 0.0 if label == -100 else weight / len(answered), part, place))
     return sample
 
 
-def _asked_of_text(scene: Scene, rng: np.random.Generator, boxes: bool) -> list[tuple[str, str]]:
+def _asked_of_text(scene: Scene, rng: np.random.Generator, boxes: bool) -> list[Question]:
     """Questions of each kind, drawn twice, the boxes of all things, more to count, and now and then a caption; none of
     them twice."""
     asked = [question for _ in range(2) for question in questions(scene, rng) if question.kind != "grounding"]
@@ -330,12 +331,11 @@ def _asked_of_text(scene: Scene, rng: np.random.Generator, boxes: bool) -> list[
         asked.append(count_question(scene, attributes[rng.integers(len(attributes))]))
     if boxes:
         asked += [grounding_question(thing) for thing in scene.things]
-    turns = [(question.text, question.answer) for question in asked]
     if rng.random() < _CAPTION_SHARE:
-        turns.append((CAPTION_PROMPT, caption(scene)))
+        asked.append(Question("caption", CAPTION_PROMPT, caption(scene)))
     if boxes and rng.random() < _CAPTION_SHARE / 2:
-        turns.append((GROUNDED_PROMPT, caption(scene, boxes=True)))
-    return list(dict.fromkeys(turns))
+        asked.append(Question("caption", GROUNDED_PROMPT, caption(scene, boxes=True)))
+    return list(dict.fromkeys(asked))
 
 
 def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Tensor]:

@@ -21,9 +21,9 @@ EXTRA_STAGE_DEPTH, EXTRA_STAGE_WIDTH = 2, 192
 # What is said about the scenes of a stage. Captions come first and without boxes: as long as the language model cannot
 # tell from a visual token what is there, it does not learn either where.
 MIXES = {
-    "stage1": Mix(captions=1.0, grounded_captions=0.0, boxes=0.0),
-    "stage2": Mix(captions=0.0, grounded_captions=0.05, boxes=0.05, boxes_at_end=2),
-    "stage3": Mix(captions=0.0, grounded_captions=0.0, boxes=0.2, boxes_at_end=1),
+    "stage1": Mix(captions=1.0),
+    "stage2": Mix(grounded_captions=0.05, boxes=0.05, boxes_at_end=2),
+    "stage3": Mix(boxes=0.2, boxes_at_end=1),
 }
 STAGES = tuple(MIXES)
 TITLES = {
