@@ -283,7 +283,7 @@ def best_constant_box(asked) -> tuple[float, int]:
 
 def test_no_constant_box_is_right_often(asked):
     share, number = best_constant_box(asked)
-    assert share < 0.06 + 4.5 * math.sqrt(0.06 * 0.94 / number)
+    assert share < 0.05 + 4.5 * math.sqrt(0.05 * 0.95 / number)
 
 
 def test_half_of_what_is_absent_is_made_of_what_is_there(asked):

@@ -227,7 +227,7 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
 
     from .. import AutoModelForVision2Seq
     from ..inference import choose_dtype
-    from .scoring import ask_about_scenes, score
+    from .scoring import ask_about_scenes, chance, score
 
     with run.step("evaluation"), Line(TITLES["evaluation"], unit="question") as line:
         processor = AutoProcessor.from_pretrained(checkpoint)
@@ -239,7 +239,8 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
         tokens = count_tokens(processor)
         shape = {"parameters": _parameters(model), "resolution": SIDE, "visual_tokens": tokens}
         samples = _save_samples(answered, run.folder)
-        run.keep("evaluation", {**score(answered), "model": shape, "samples": samples})
+        scores = {**score(answered), "chance": chance(World(), seed=seed)}
+        run.keep("evaluation", {**scores, "model": shape, "samples": samples})
 
 
 def count_tokens(processor) -> int:

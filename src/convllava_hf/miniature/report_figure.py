@@ -117,7 +117,7 @@ def _draw_title(part, results: Mapping[str, Any]) -> None:
 def _draw_accuracies(part, results: Mapping[str, Any]) -> None:
     axis = part.add_axes((0.04, 0.13, 0.93, 0.70))
     kinds = list(results["accuracy"])
-    labels = {"accuracy": "accuracy", "chance": "chance: the best constant answer", "blind": "blind: another picture"}
+    labels = {"accuracy": "accuracy", "chance": "chance: a constant answer", "blind": "blind: another picture"}
     for index, (name, label) in enumerate(labels.items()):
         heights = [0 if missing(results[name][kind]) else results[name][kind] for kind in kinds]
         places = [place + (index - 1) * 0.25 for place in range(len(kinds))]

@@ -124,7 +124,7 @@ def _accuracies(results: Mapping[str, Any]) -> list[str]:
         + "</p>",
         '<ul class="legend">',
         '<li><i class="accuracy"></i>accuracy</li>',
-        '<li><i class="chance"></i>chance (upper mark): the best constant answer</li>',
+        '<li><i class="chance"></i>chance (upper mark): a constant answer</li>',
         '<li><i class="blind"></i>blind (lower mark): shown another scene’s picture</li>',
         "</ul>",
         "<table>",

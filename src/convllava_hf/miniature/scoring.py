@@ -2,12 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from .drawing import draw
@@ -18,6 +19,7 @@ from .world import Scene, World
 MIN_OVERLAP = 0.5  # intersection over union of a box that counts as found, as in RefCOCO
 _MAX_NEW_TOKENS = 16  # a box takes ten
 _BATCH = 64
+_SCENES_FOR_CHANCE = 2000  # to choose the constant answer, and again to judge it
 _BOX = re.compile(r"\[(\d\.\d+), (\d\.\d+), (\d\.\d+), (\d\.\d+)\]")
 
 OnStep = Callable[[int, int], None]  # questions answered, questions in all
@@ -75,19 +77,29 @@ def ask_about_scenes(
     ]
 
 
-def score(answered: Sequence[Answered]) -> dict[str, dict]:
-    """`accuracy`, `chance` and `blind`, from 0 to 1, and the number of `questions`, each by kind.
+def chance(world: World, kinds: Sequence[str] = KINDS, *, seed: int) -> dict[str, float]:
+    """By kind, the accuracy of a constant answer: of the one that is right most often, chosen on other scenes.
 
-    `chance` is the accuracy of the constant answer that is right most often.
+    All are training scenes, and so many that it is known to a hundredth.
     """
-    result: dict[str, dict] = {"accuracy": {}, "chance": {}, "blind": {}, "questions": {}}
+    rng = np.random.default_rng([seed, 500])
+    scenes = world.scenes("train", [seed, 500])
+    chosen, judged = (_count_answers(islice(scenes, _SCENES_FOR_CHANCE), rng) for _ in range(2))
+    result = {}
+    for kind in kinds:
+        constant = _most_often_right(kind, chosen[kind])
+        right = sum(number for truth, number in judged[kind].items() if is_right(kind, constant, truth))
+        result[kind] = round(right / judged[kind].total(), 4)
+    return result
+
+
+def score(answered: Sequence[Answered]) -> dict[str, dict]:
+    """`accuracy` and `blind`, from 0 to 1, and the number of `questions`, each by kind."""
+    result: dict[str, dict] = {"accuracy": {}, "blind": {}, "questions": {}}
     for kind in dict.fromkeys(row.question.kind for row in answered):
         rows = [row for row in answered if row.question.kind == kind]
-        truths = [row.question.answer for row in rows]
         result["accuracy"][kind] = _share(is_right(kind, row.answer, row.question.answer) for row in rows)
         result["blind"][kind] = _share(is_right(kind, row.blind, row.question.answer) for row in rows)
-        constants = [answer for answer, _ in Counter(truths).most_common(_BATCH)]
-        result["chance"][kind] = max(_share(is_right(kind, constant, t) for t in truths) for constant in constants)
         result["questions"][kind] = len(rows)
     return result
 
@@ -97,7 +109,7 @@ def is_right(kind: str, answer: str, truth: str) -> bool:
     if kind != "grounding":
         return answer.strip() == truth
     box, true_box = parse_box(answer), parse_box(truth)
-    return box is not None and intersection_over_union(box, true_box) >= MIN_OVERLAP
+    return box is not None and bool(intersection_over_union(box, true_box) >= MIN_OVERLAP)
 
 
 def parse_box(text: str) -> tuple[float, ...] | None:
@@ -106,17 +118,37 @@ def parse_box(text: str) -> tuple[float, ...] | None:
     return tuple(map(float, match.groups())) if match else None
 
 
-def intersection_over_union(one: Sequence[float], other: Sequence[float]) -> float:
-    """Area of what two boxes share over the area that they cover together; 0 if either is turned inside out."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return width * height / (sum(areas) - width * height)
+def intersection_over_union(ones: ArrayLike, others: ArrayLike) -> np.ndarray:
+    """Area of what two boxes share over the area that they cover together; 0 if either is turned inside out.
+
+    Args:
+        ones, others: boxes, (..., 4), of shapes that broadcast.
+    """
+    ones, others = np.asarray(ones, float), np.asarray(others, float)
+    sides = np.minimum(ones[..., 2:], others[..., 2:]) - np.maximum(ones[..., :2], others[..., :2])
+    shared = np.clip(sides, 0, None).prod(-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (ones, others)]
+    together = sum(areas) - shared
+    return np.divide(shared, together, out=np.zeros_like(shared), where=shared > 0)
 
 
-def _share(right) -> float:
+def _count_answers(scenes: Iterable[Scene], rng: np.random.Generator) -> dict[str, Counter]:
+    answers: dict[str, Counter] = {kind: Counter() for kind in KINDS}
+    for scene in scenes:
+        for question in questions(scene, rng):
+            answers[question.kind][question.answer] += 1
+    return answers
+
+
+def _most_often_right(kind: str, truths: Counter) -> str:
+    if kind != "grounding":
+        return truths.most_common(1)[0][0]
+    boxes = np.array([parse_box(text) for text in truths])
+    right = intersection_over_union(boxes[:, None], boxes[None]) >= MIN_OVERLAP
+    return list(truths)[np.argmax(right @ np.array(list(truths.values())))]
+
+
+def _share(right: Iterable[bool]) -> float:
     return round(float(np.mean(list(right))), 4)
 
 
