@@ -1,9 +1,8 @@
-"""Stage 0 of the miniature, and its data as training reads it: one tokenization for both, and models that learn."""
+"""Stage 0 of the miniature, and its data as training reads it: models that learn, and what they learn from."""
 
 import io
 import itertools
 import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -22,11 +21,13 @@ from safetensors.torch import load_file  # noqa: E402
 
 from convllava_hf.data import load_training_data  # noqa: E402
 from convllava_hf.miniature import drawing, language, pretraining, samples  # noqa: E402
+from convllava_hf.miniature.labelled_pictures import NAMES, labelled_picture  # noqa: E402
+from convllava_hf.miniature.text_pictures import text_batches  # noqa: E402
+from convllava_hf.miniature.tokenizer import make_tokenizer  # noqa: E402
 from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
 
 
 MIX = language.Mix(captions=0.2, grounded_captions=0.2, boxes=0.3)
-TURN = re.compile(r"USER: (.*?) ASSISTANT: (.*?)</s>", re.DOTALL)
 trains = pytest.mark.skipif(
     tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 18),
     reason="training needs transformers >= 5.18",
@@ -35,190 +36,7 @@ trains = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return pretraining.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Everything that can be said about 200 scenes that the tokenizer was not made from."""
-    rng, said = np.random.default_rng(0), []
-    for scene in itertools.islice(World().scenes("test", 7), 200):
-        said.append("".join(f" {word}" for words in language.text_picture(scene) for word in words))
-        for mix in (language.Mix(1, 0, 0), language.Mix(0, 1, 0), language.Mix(0, 0, 1), language.Mix(0, 0, 0)):
-            for prompt, answer in language.conversation(scene, rng, mix):
-                said += [f" {prompt}", f" {answer}"]
-    return said
-
-
-def ids_of(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
-
-
-def test_the_tokenizer_round_trips(tokenizer, texts):
-    for text in [*texts, "Grüße, 世界!\n\tTwo  blanks 🙂 and <tags> of 3.14159", " ", ""]:
-        assert tokenizer.decode(ids_of(tokenizer, text)) == text
-
-
-def test_every_word_is_one_token(tokenizer, texts):
-    """Words with the blank before them, the numbers of a box with the mark beside them, other marks of punctuation."""
-    assert_one_token_a_word(tokenizer, texts)
-
-
-def test_every_word_is_one_token_after_the_picture_too(tokenizer, texts):
-    """The first question stands at the beginning of a line."""
-    assert_one_token_a_word(tokenizer, [text.strip() for text in texts if text.endswith(("?", "."))])
-
-
-def assert_one_token_a_word(tokenizer, texts: list[str]) -> None:
-    for text in texts:
-        words = re.findall(r" ?[A-Za-z]+| \[[0-9]\.[0-9]{2},| [0-9]\.[0-9]{2}[,\]]| ?[0-9]| ?[.,:?]", text)
-        assert "".join(words) == text
-        assert tokenizer.convert_ids_to_tokens(ids_of(tokenizer, text)) == [word.replace(" ", "Ġ") for word in words]
-
-
-@pytest.mark.parametrize("world", [World(), World(thing_sizes=(2, 4), sign_sizes=(2, 3))], ids=["usual", "small"])
-def test_every_word_of_the_world_is_known(world):
-    tokenizer = pretraining.make_tokenizer(world)
-    words = [" ground", " sign", *(f" {digit}" for digit in range(10))]
-    words += [f" {word}" for word in (*COLORS, *SHAPES, "yes", "no", "one", "two", "three")]
-    smallest = world.thing_sizes[0]
-    words += [f" [{step / 20:.2f}," for step in range(21 - smallest)]  # left edges
-    words += [f" {step / 20:.2f}," for step in range(21)]
-    words += [f" {step / 20:.2f}]" for step in range(smallest, 21)]  # lower ones
-    assert [word for word in words if len(ids_of(tokenizer, word)) != 1] == []
-    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>"]) == [
-        tokenizer.pad_token_id,
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-    ]
-
-
-def parts_of(batch) -> list[list[tuple[list[int], list[int], list[float]]]]:
-    """Ids, labels and weights of each row's parts: the picture, and every question with its answer.
-
-    By the mask alone: a question begins where a position sees nothing of the one before it.
-    """
-    rows = []
-    for ids, labels, weights, mask in zip(
-        batch["input_ids"], batch["labels"], batch["weights"], batch["attention_mask"][:, 0], strict=True
-    ):
-        seen, length = mask == 0, int((ids != 0).sum())  # 0 is <pad>
-        first = next(place for place in range(length) if not seen[length - 1, place])  # the last sees but the picture
-        starts = [0, first, *(place for place in range(first + 1, length) if not seen[place, place - 1])]
-        ends = [*starts[1:], length]
-        told = (ids.tolist(), labels.tolist(), weights.tolist())
-        rows.append([tuple(values[start:end] for values in told) for start, end in zip(starts, ends, strict=True)])
-    return rows
-
-
-@pytest.fixture(scope="module")
-def text_batch(tokenizer):
-    return next(pretraining.text_batches(tokenizer, World(), 3, 32))
-
-
-def test_questions_about_text_are_tokenized_as_the_chat_template_does(tokenizer, text_batch):
-    """A picture with any of its questions is a conversation of one turn; what trains is what the assistant says."""
-    number = 0
-    for picture, *asked in parts_of(text_batch):
-        assert set(picture[1]) == {-100}
-        for ids, labels, _ in asked:
-            whole = picture[0] + ids
-            ((prompt, answer),) = TURN.findall(tokenizer.decode(whole))
-            told = tokenizer.apply_chat_template(
-                messages_of([(prompt, answer)]), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            assert whole == told["input_ids"]
-            masks = told["assistant_masks"][len(picture[0]) :]
-            assert labels == [token if said else -100 for token, said in zip(ids, masks, strict=True)]
-            number += 1
-    assert number > 32 * 5
-
-
-def test_every_answer_weighs_the_same(tokenizer, text_batch):
-    """But for boxes, which say four things each, and numbers."""
-    for _, *asked in parts_of(text_batch):
-        for ids, labels, weights in asked:
-            said = tokenizer.decode(ids)
-            weight = 4 if said.startswith("Give") else 2 if said.startswith("How many") else 1
-            assert sum(weights) == pytest.approx(weight)
-            assert [weight > 0 for weight in weights] == [label != -100 for label in labels]
-
-
-def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
-    """Positions, mask and padding: the loss of a batch is the weighted mean of the model's own of single questions."""
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    boxes = torch.nn.Linear(language.EDGES, config.hidden_size, bias=False)
-    losses, answers_weigh = [], []
-    with torch.no_grad():
-        told = zip(parts_of(text_batch)[:6], text_batch["beside"], text_batch["edges"], strict=False)
-        for (picture, *asked), beside, edges in told:
-            for ids, labels, weights in asked:
-                embed = model.get_input_embeddings()
-                embeddings = embed(torch.tensor([picture[0] + ids]))
-                embeddings[0, : len(picture[0])] += boxes(edges[: len(picture[0])])
-                for place, token in enumerate(beside.tolist()):
-                    if token >= 0:
-                        embeddings[0, place] += embed.weight[token]
-                labels = torch.tensor([picture[1] + labels])
-                losses.append(model(inputs_embeds=embeddings, labels=labels).loss.item())
-                answers_weigh.append(sum(weights))
-        some = {name: values[:6] for name, values in text_batch.items()}
-        together = pretraining._weighted_loss(model, boxes, some)
-    assert together.item() == pytest.approx(np.average(losses, weights=answers_weigh), abs=1e-4)
-
-
-def test_text_batches_tell_what_is_asked(tokenizer):
-    """Every answer, by other code, from the text picture that comes first; no question twice."""
-    captions, number = 0, 0
-    batch = next(pretraining.text_batches(tokenizer, World(), 0, 64))
-    for (picture, *asked), beside, edges in zip(parts_of(batch), batch["beside"], batch["edges"], strict=True):
-        first = re.fullmatch(r"<s>USER: (.*)\n", tokenizer.decode(picture[0]))[1].split(" ")
-        assert len(first) == 16
-        cells = slice(-16 - 1 + len(picture[0]), len(picture[0]) - 1)  # a line break ends the text picture
-        second = [tokenizer.decode(token).strip() if token >= 0 else "" for token in beside[cells].tolist()]
-        there = [bool(word) for word in second]
-        assert there == [word != "ground" for word in first] == edges[cells].any(1).tolist()
-        assert (beside >= 0).sum() == edges.any(1).sum() == sum(there)  # nothing elsewhere
-        told = zip(first, second, edges[cells], strict=True)
-        things = [Seen(*words, box_of(edges_of_cell)) for *words, edges_of_cell in told if words[1]]
-        (sign,) = [thing for thing in things if thing.color == "sign"]
-        things.remove(sign)
-        everything = [*things, Seen("", "sign", sign.box)]
-        turns = [re.fullmatch(r"(.*) ASSISTANT: (.*)</s>", tokenizer.decode(ids)).groups() for ids, _, _ in asked]
-        assert len(dict(turns)) == len(turns)
-        for prompt, answer in turns:
-            is_caption = prompt.startswith("Describe")
-            captions, number = captions + is_caption, number + (not is_caption)
-            assert answer_of(prompt, everything if is_caption else things, int(sign.shape), 1) == answer
-    assert captions > 5 and number > 300
-
-
-def test_without_boxes_none_are_told_or_asked_for(tokenizer):
-    batch = next(pretraining.text_batches(tokenizer, World(), 0, 32, boxes=False))
-    asked = [tokenizer.decode(ids) for _, *parts in parts_of(batch) for ids, _, _ in parts]
-    assert not batch["edges"].any() and not any("box" in text for text in asked)
-    assert sum(text.startswith("Describe") for text in asked) > 0
-
-
-def box_of(edges) -> tuple[float, ...]:
-    """Left, top, right and bottom from 0 to 1, by the longest of the waves alone: half of it is the picture's side."""
-    sines, cosines = edges.reshape(2, 4, -1)
-    return tuple((torch.atan2(sines[:, 0], cosines[:, 0]) / math.pi).tolist())
+    return make_tokenizer()
 
 
 def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):
@@ -226,12 +44,12 @@ def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):
     whole, pen = World.scenes, drawing.handwritten_digits
     monkeypatch.setattr(World, "scenes", lambda self, split, seed: splits.append(split) or whole(self, split, seed))
     monkeypatch.setattr(drawing, "handwritten_digits", lambda split: splits.append(split) or pen(split))
-    pretraining.make_tokenizer()
-    next(pretraining.text_batches(tokenizer, World(), 0, 4))
+    make_tokenizer()
+    next(text_batches(tokenizer, World(), 0, 4))
     rng = np.random.default_rng(0)
     before = len(splits)
     for _ in range(40):
-        pretraining.labelled_picture(rng)
+        labelled_picture(rng)
     assert set(splits) == {"train"} and before >= 2 and len(splits) > before + 4
 
 
@@ -242,7 +60,7 @@ def test_pictures_show_at_each_place_what_it_is_named():
     """
     rng, right, found = np.random.default_rng(1), [], Counter()
     for _ in range(80):
-        pixels, names, edges = pretraining.labelled_picture(rng)
+        pixels, names, edges = labelled_picture(rng)
         picture, places = Image.fromarray(pixels), len(names)
         stride = picture.width // places
         things, signs = see(picture), see_signs(picture)
@@ -251,7 +69,7 @@ def test_pictures_show_at_each_place_what_it_is_named():
             covering = [thing for thing in [*things, *signs] if covers(getattr(thing, "box", thing), x, y)]
             if any(covers(box, x, y, 2) != covers(box, x, y, -2) for box in [*(one.box for one in things), *signs]):
                 continue
-            name = pretraining._NAMES[names[row, column]]
+            name = NAMES[names[row, column]]
             if not covering:
                 right.append(name == "ground")
             elif isinstance(covering[0], Seen):
@@ -386,11 +204,12 @@ def test_pictures_stand_where_text_pictures_stood(assembled, tokenizer):
         [{"role": "user", "content": content}, answer], tokenize=True, return_dict=True
     )["input_ids"][0]
     first_words = " ".join(words[0] for words in language.text_picture(scene))
-    turns = [(f"{first_words}\nWhat does the sign say?", str(scene.sign.digit))]
-    told = tokenizer.apply_chat_template(messages_of(turns), tokenize=True, return_dict=True)["input_ids"]
+    asked = {"role": "user", "content": f"{first_words}\nWhat does the sign say?"}
+    answered = {"role": "assistant", "content": str(scene.sign.digit)}
+    told = tokenizer.apply_chat_template([asked, answered], tokenize=True, return_dict=True)["input_ids"]
     last = len(ids) - ids[::-1].index(processor.image_token_id)
     assert ids.count(processor.image_token_id) == 16
-    end_of_line = told.index(ids_of(tokenizer, "\n")[0])
+    end_of_line = told.index(tokenizer.encode("\n", add_special_tokens=False)[0])
     assert ids[last:] == told[end_of_line:]
     names = [processor.tokenizer.decode(part[:3]) for part in (ids, told)]
     assert names == ["<s>USER:"] * 2
@@ -439,7 +258,7 @@ def probe(folder, pictures: int) -> float:
 
     tower = transformers.ConvNextModel.from_pretrained(folder).eval()
     rng = np.random.default_rng(99)
-    drawn = [pretraining.labelled_picture(rng) for _ in range(pictures)]
+    drawn = [labelled_picture(rng) for _ in range(pictures)]
     pixels, names = (np.stack([one[index] for one in drawn]) for index in (0, 1))
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
@@ -471,6 +290,7 @@ def test_a_language_model_learns_to_look_things_up(tmp_path, tokenizer):
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
     embed = model.get_input_embeddings()
+    token_of = lambda text: tokenizer.encode(text, add_special_tokens=False)[0]  # noqa: E731
     rng, right = np.random.default_rng(0), {}
     for scene in itertools.islice(World().scenes("test", 0), 80):
         cells = language.text_picture(scene)
@@ -483,10 +303,10 @@ def test_a_language_model_learns_to_look_things_up(tmp_path, tokenizer):
                 return_tensors="pt",
             )["input_ids"]
             embeddings = embed(prompt).detach()
-            behind = prompt[0].tolist().index(ids_of(tokenizer, "\n")[0])
+            behind = prompt[0].tolist().index(token_of("\n"))
             for place, words in enumerate(cells, start=behind - len(cells)):
                 for word in words[1:]:
-                    embeddings[0, place] += embed.weight[ids_of(tokenizer, f" {word}")[0]].detach()
+                    embeddings[0, place] += embed.weight[token_of(f" {word}")].detach()
             with torch.no_grad():
                 answer = tokenizer.decode(model(inputs_embeds=embeddings).logits[0, -1].argmax())
             right.setdefault(question.kind, []).append(answer == f" {question.answer.split(',')[0]}")

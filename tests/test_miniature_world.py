@@ -137,7 +137,7 @@ def test_the_same_seed_gives_the_same_world_in_another_process():
         import hashlib, itertools
         import numpy as np
         from convllava_hf.miniature import drawing, language
-        from convllava_hf.miniature.pretraining import make_tokenizer
+        from convllava_hf.miniature.tokenizer import make_tokenizer
         from convllava_hf.miniature.world import World
 
         rng, told = np.random.default_rng(3), hashlib.sha256()
@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_world_in_another_process():
         told.update(make_tokenizer().backend_tokenizer.to_str().encode())
         result = told.hexdigest()
     """
-    from convllava_hf.miniature.pretraining import make_tokenizer
+    from convllava_hf.miniature.tokenizer import make_tokenizer
 
     rng, told = np.random.default_rng(3), hashlib.sha256()
     for scene in scenes(40, seed=9):

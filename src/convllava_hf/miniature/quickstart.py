@@ -123,7 +123,7 @@ def stage0_jobs(
 
     Args:
         boxes: whether the language model is told and asked of boxes.
-        tower_sizes: pixels of what is in the tower's pictures; default: `pretraining.SIZES`.
+        tower_sizes: pixels of what is in the tower's pictures; default: `labelled_pictures.SIZES`.
     """
     return {
         "vision tower": functools.partial(_train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes),

@@ -17,7 +17,7 @@ from .world import Scene, World
 
 
 MIN_OVERLAP = 0.5  # intersection over union of a box that counts as found, as in RefCOCO
-_MAX_NEW_TOKENS = 16  # a box takes ten
+_MAX_NEW_TOKENS = 16  # the longest answer, a box, takes five with the end
 _BATCH = 64
 _SCENES_FOR_CHANCE = 2000  # to choose the constant answer, and again to judge it
 _BOX = re.compile(r"\[(\d\.\d+), (\d\.\d+), (\d\.\d+), (\d\.\d+)\]")

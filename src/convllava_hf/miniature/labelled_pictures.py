@@ -1,0 +1,66 @@
+"""What the miniature's vision tower learns from: pictures with a name for every place."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from .drawing import draw_sign, draw_thing
+from .world import COLORS, SHAPES, UNITS, Sign, Thing
+
+
+# What can be at a place: any coloured shape, a sign with any digit, or nothing.
+NAMES = [*((color, shape) for color in COLORS for shape in SHAPES), *range(10), "ground"]
+SIDE = 128  # pixels of the tower's pictures
+STRIDE = 32  # pixels of the four-stage tower
+SIZES = (48, 102)  # pixels of what is in them: as large as in scenes of 256 pixels
+
+
+def labelled_picture(
+    rng: np.random.Generator, sizes: tuple[int, int] = SIZES
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A picture of up to three things with sides of so many pixels, and what is at its places.
+
+    Returns:
+        The picture, (128, 128, 3) of 0-255. The index of what is at the centre of each place, (4, 4). How far that
+        reaches from there to the left, top, right and bottom, (4, 4, 4) in strides.
+    """
+    grey = rng.integers(85, 200)
+    picture = Image.new("RGB", (SIDE, SIDE), tuple(int(value) for value in grey + rng.integers(-15, 16, 3)))
+    places = SIDE // STRIDE
+    names = np.full((places, places), NAMES.index("ground"))
+    edges = np.zeros((places, places, 4), np.float32)
+    unit = SIDE / UNITS
+    taken: list[tuple[float, ...]] = []
+    for _ in range(3):
+        side = math.exp(rng.uniform(*np.log(sizes))) / unit
+        left, top = rng.uniform(0, UNITS - side, 2)
+        box = (left, top, left + side, top + side)
+        if any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
+            continue
+        taken.append(box)
+        if rng.random() < 0.5:
+            name = int(rng.integers(len(COLORS) * len(SHAPES)))
+            draw_thing(picture, Thing(*NAMES[name], box), unit)
+        else:
+            digit, handwriting = int(rng.integers(10)), int(rng.integers(2**31))
+            name = NAMES.index(digit)
+            draw_sign(picture, Sign(digit, box, handwriting if rng.random() < 0.5 else None), unit, "train")
+        in_strides = np.array(box) * unit / STRIDE
+        for row, column in _places_of(in_strides):
+            names[row, column] = name
+            edges[row, column] = in_strides - np.array([column, row, column, row]) - 0.5
+    return np.asarray(picture), names, edges
+
+
+def _places_of(box: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Row and column of the places whose centres are in a box, in strides; or of the one that holds the box's own."""
+    left, top, right, bottom = box.round().astype(int)
+    rows, columns = range(top, bottom), range(left, right)
+    if not rows:
+        rows = (int((box[1] + box[3]) / 2),)
+    if not columns:
+        columns = (int((box[0] + box[2]) / 2),)
+    return itertools.product(rows, columns)
