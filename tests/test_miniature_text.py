@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from miniature_sight import Seen, answer_of
 
-from convllava_hf.miniature import language
-from convllava_hf.miniature.text_pictures import text_batches, weighted_loss
-from convllava_hf.miniature.tokenizer import make_tokenizer
-from convllava_hf.miniature.world import COLORS, SHAPES, World
+
+pytest.importorskip("sklearn")
+
+from miniature_sight import Seen, answer_of  # noqa: E402
+
+from convllava_hf.miniature import language  # noqa: E402
+from convllava_hf.miniature.text_pictures import text_batches, weighted_loss  # noqa: E402
+from convllava_hf.miniature.tokenizer import make_tokenizer  # noqa: E402
+from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
 
 
 TURN = re.compile(r"USER: (.*?) ASSISTANT: (.*?)</s>", re.DOTALL)
