@@ -54,7 +54,8 @@ def make_assistant(arguments):
     from convllava_hf.bench.models import random_model
     from convllava_hf.convert import convert_checkpoint
     from convllava_hf.fast_tower import choose_tower, speed_up
-    from convllava_hf.inference import Assistant, choose_device, choose_dtype
+    from convllava_hf.inference import Assistant
+    from convllava_hf.loading import choose_device, choose_dtype
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(device, arguments.dtype)

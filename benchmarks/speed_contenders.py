@@ -158,7 +158,7 @@ def loaded(spec, device, dtype):
     from pathlib import Path
 
     from convllava_hf import ConvLlavaForConditionalGeneration
-    from convllava_hf.inference import _quantization_config
+    from convllava_hf.loading import quantization_config
 
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said in every layer of every step
     how = {}
@@ -168,7 +168,7 @@ def loaded(spec, device, dtype):
 
         how = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     elif "quantization" in spec:
-        how = {"quantization_config": _quantization_config(spec["quantization"], dtype)}
+        how = {"quantization_config": quantization_config(spec["quantization"], dtype)}
     model = ConvLlavaForConditionalGeneration.from_pretrained(
         spec["source"], dtype=dtype, device_map={"": device}, **how
     ).eval()

@@ -96,7 +96,7 @@ def contender(spec: dict[str, Any]) -> int:
 
     from convllava_hf.bench.machine import product
     from convllava_hf.bench.measuring import clocked, peak, reset_peak, resident
-    from convllava_hf.inference import choose_device, choose_dtype
+    from convllava_hf.loading import choose_device, choose_dtype
 
     device = choose_device(spec.get("device"))
     dtype = choose_dtype(device, spec.get("dtype"))
@@ -161,7 +161,7 @@ def publish(name: str, heading: str, rows: Any, tables: Sequence[str], arguments
     """Write `name`.md and `name`.json, and print the Markdown."""
     from convllava_hf.bench.machine import copy_bandwidth, describe, in_words, matrix_rate
     from convllava_hf.bench.report import write, write_json
-    from convllava_hf.inference import choose_device, choose_dtype
+    from convllava_hf.loading import choose_device, choose_dtype
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(device, arguments.dtype)

@@ -327,8 +327,8 @@ def test_every_command_has_help(command, capsys):
 
 def test_dtypes_offered_are_those_known():
     from convllava_hf.cli.common import DTYPES
-    from convllava_hf.inference import DTYPES as KNOWN
-    from convllava_hf.inference import QUANTIZATIONS
+    from convllava_hf.loading import DTYPES as KNOWN
+    from convllava_hf.loading import QUANTIZATIONS
 
     assert set(DTYPES) == set(KNOWN)
     parser = argparse.ArgumentParser()

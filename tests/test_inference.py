@@ -14,14 +14,12 @@ from convllava_hf.inference import (
     Assistant,
     _AnswerStream,
     assistant_turn,
-    check_checkpoint,
-    choose_device,
-    choose_dtype,
     load,
     open_picture,
     system_turn,
     user_turn,
 )
+from convllava_hf.loading import check_checkpoint, choose_device, choose_dtype
 
 
 @pytest.fixture(scope="module")

@@ -5,41 +5,33 @@
 >>> assistant.answer([user_turn("What is on the sign?", [picture])], on_text=show).text
 """
 
-import importlib.util
 import inspect
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
 
 from .errors import ConvLlavaError, first_line
 from .fast_tower import choose_tower, has_plain_products, speed_up
+from .loading import choose_device, choose_dtype, load_processor, quantization_config
 from .memory import Glance, Memory
-from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
 
 
-QUANTIZATIONS = ("4bit", "8bit")
-_PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 _NONE: Mapping[str, Any] = MappingProxyType({})
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -317,7 +309,7 @@ def load(
     Args:
         source: folder of a checkpoint in transformers' layout, or its id on the Hub.
         device: default: CUDA, else Apple's GPU, else the CPU.
-        dtype: a torch dtype or its name; default: what `choose_dtype` says of the device.
+        dtype: a torch dtype or its name; default: what `loading.choose_dtype` says of the device.
         quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
         tower: how the vision tower runs, one of `fast_tower.TOWERS`; default: what `choose_tower` says.
 
@@ -331,7 +323,7 @@ def load(
     chosen = choose_tower(device, dtype, tower)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
-        options["quantization_config"] = _quantization_config(quantization, dtype)
+        options["quantization_config"] = quantization_config(quantization, dtype)
     try:
         model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -348,139 +340,3 @@ def load(
     if tower is not None or has_plain_products(model.vision_tower):
         speed_up(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)
-
-
-def load_processor(source: str | os.PathLike) -> ConvLlavaProcessor:
-    """The processor of a checkpoint, which takes no weights to be read.
-
-    Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint, or the processor's files are missing or broken.
-    """
-    check_checkpoint(source)
-    _check_processor_files(source)
-    try:
-        return ConvLlavaProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
-        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
-
-
-def check_checkpoint(source: str | os.PathLike) -> None:
-    """Look at config.json alone, before anything large is read.
-
-    Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint; the message says what it is.
-    """
-    name = os.fspath(source)
-    config = _read_config(name)
-    model_type = config.get("model_type")
-    if model_type == ConvLlavaConfig.model_type:
-        return
-    if "mm_vision_tower" in config:
-        raise ConvLlavaError(
-            f"{name!r} is a checkpoint in the layout of the original code (model_type {model_type!r}). Convert it "
-            f"first: convllava convert {name} OUT"
-        )
-    raise ConvLlavaError(
-        f"{name!r} is no ConvLLaVA checkpoint: its config.json has the model_type {model_type!r}, and "
-        f"{ConvLlavaConfig.model_type!r} is expected."
-    )
-
-
-def _check_processor_files(source: str | os.PathLike) -> None:
-    """Refuses a folder that lacks what the processor is made of; transformers would go on without a part of it."""
-    folder = Path(source)
-    if folder.is_dir() and (missing := [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]):
-        raise ConvLlavaError(
-            f"The checkpoint {os.fspath(source)!r} is incomplete: {', '.join(missing)} is missing. Save the processor "
-            "along with the model, or convert the original again."
-        )
-
-
-def _read_config(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if path.is_file():
-        raise ConvLlavaError(f"{name!r} is a file, and the folder of a checkpoint is expected.")
-    if path.is_dir():
-        config_file = path / "config.json"
-        if not config_file.is_file():
-            raise ConvLlavaError(f"{name!r} is no checkpoint: the folder holds no config.json.")
-    else:
-        config_file = _fetch_config(name)
-    try:
-        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvLlavaError(f"{str(config_file)!r} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConvLlavaError(f"{str(config_file)!r} holds no JSON object, so it is no model's configuration.")
-    return config
-
-
-def _fetch_config(name: str) -> str:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        repo_like = False
-    else:
-        repo_like = "/" in name and not name.startswith((".", "~"))
-    if not repo_like:
-        raise ConvLlavaError(f"There is no folder {name!r}, and it is no model's id on the Hub (owner/name) either.")
-    try:
-        return cached_file(name, "config.json")
-    except OSError as error:
-        raise ConvLlavaError(
-            f"There is no folder {name!r}, and no model of that id could be read from the Hub: {first_line(error)}"
-        ) from error
-
-
-def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best there is: CUDA, else Apple's GPU (`mps`), else the CPU.
-
-    Raises:
-        ConvLlavaError: the device is unknown to torch or is not in this machine.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise ConvLlavaError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
-    return device
-
-
-def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
-    """The dtype asked for, or bfloat16 where the device computes in it natively.
-
-    A GPU without bfloat16 gets float16, as in the original's inference code: float32 would not fit 7 B parameters into
-    most of them. A CPU without it gets float32: it emulates the others, slower than float32 is.
-
-    Raises:
-        ConvLlavaError: the name is none of `DTYPES`.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise ConvLlavaError(f"The dtype {dtype!r} is not supported: choose one of {', '.join(DTYPES)}.")
-        return DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
-    return torch.float16
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16 in hardware; `False` where torch is too old to tell."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization not in QUANTIZATIONS:
-        raise ConvLlavaError(f"quantization is {quantization!r}: choose one of {', '.join(QUANTIZATIONS)}.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConvLlavaError(f"{quantization} needs bitsandbytes: pip install 'convllava-hf[quantization]'")
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

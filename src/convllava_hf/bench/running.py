@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..fast_tower import choose_tower, speed_up
-from ..inference import choose_device, choose_dtype, load
+from ..inference import load
+from ..loading import choose_device, choose_dtype
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .answers import measure_answers
 from .machine import copy_bandwidth, describe, in_words, matrix_rate

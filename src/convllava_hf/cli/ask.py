@@ -22,7 +22,8 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..inference import check_checkpoint, open_picture, system_turn, user_turn
+    from ..inference import open_picture, system_turn, user_turn
+    from ..loading import check_checkpoint
     from ..picture_options import check_picture_options
 
     # All that can be refused is refused before the weights are read.

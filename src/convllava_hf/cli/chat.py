@@ -32,7 +32,8 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..inference import check_checkpoint, open_picture
+    from ..inference import open_picture
+    from ..loading import check_checkpoint
     from ..picture_options import check_picture_options
 
     check_checkpoint(args.model)

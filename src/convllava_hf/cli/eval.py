@@ -94,7 +94,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ..evaluation.benchmarks import find_benchmark
     from ..evaluation.runner import evaluate, join_processes
     from ..evaluation.runs import Model, Settings
-    from ..inference import choose_device, choose_dtype, load_processor
+    from ..loading import choose_device, choose_dtype, load_processor
 
     benchmarks = [find_benchmark(name) for name in args.benchmark.split(",") if name.strip()]
     data = _data_of_each(args.data, [benchmark.name for benchmark in benchmarks])

@@ -202,7 +202,7 @@ def load_processor(model: str | os.PathLike | None, pictures: Mapping[str, Any] 
         if pictures:
             raise ConvLlavaError(f"{', '.join(pictures)} say how a model sees pictures: name a model as well.")
         return None
-    from ..inference import check_checkpoint
+    from ..loading import check_checkpoint
     from ..modeling.processing_convllava import ConvLlavaProcessor
 
     check_checkpoint(model)

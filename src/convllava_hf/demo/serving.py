@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ConvLlavaError
-from ..inference import Assistant, check_checkpoint, load
+from ..inference import Assistant, load
+from ..loading import check_checkpoint
 from .limits import Limits
 
 

@@ -17,6 +17,7 @@ _PACKAGE = (
     "registration.py",
     "errors.py",
     "inference.py",
+    "loading.py",
     "fast_tower.py",
     "memory.py",
     "picture_options.py",

@@ -226,7 +226,7 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
     from transformers import AutoProcessor
 
     from .. import AutoModelForVision2Seq
-    from ..inference import choose_dtype
+    from ..loading import choose_dtype
     from .scoring import ask_about_scenes, chance, score
 
     with run.step("evaluation"), Line(TITLES["evaluation"], unit="question") as line:
