@@ -52,6 +52,19 @@ def test_a_claim_holds_if_it_does_in_every_seed(worse, better, verdict, spread):
     assert sentence.startswith(f"It helps{verdict}") and spread in sentence
 
 
+@pytest.mark.parametrize(
+    "better, verdict",
+    [
+        ([0.5, 0.61, 0.4], ": reproduced, 3 of 3 seeds"),
+        ([0.52, 0.6, 0.7], ": not decided, 2 of 3 seeds"),
+        ([0.6, 0.7, 0.8], ": not reproduced, 0 of 3 seeds"),
+    ],
+)
+def test_that_there_is_no_more_to_gain_is_a_claim_of_its_own(better, verdict):
+    claim = Claim("no more", "reading", "a", "b", at_most=0.015)
+    assert conclude(claim, arms_of([0.5, 0.6, 0.7], better)).startswith(f"No more{verdict}")
+
+
 def test_arms_that_are_compared_differ_in_one_thing():
     """In what trains, or in the tower's stages with the resolution that keeps the number of tokens."""
     for finding in FINDINGS:

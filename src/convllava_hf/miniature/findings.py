@@ -72,12 +72,20 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Claim:
-    """That one arm answers questions of a kind better than another, as the paper has it."""
+    """That one arm answers questions of a kind better than another, as the paper has it; or hardly better.
+
+    Args:
+        at_most: the gain up to which it is hardly better; by default it is better if there is any gain.
+    """
 
     text: str
     kind: str
     worse: str
     better: str
+    at_most: float | None = None
+
+    def holds(self, gain: float) -> bool:
+        return gain > 0 if self.at_most is None else gain <= self.at_most
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,11 @@ FINDINGS = (
         (
             Claim("reading gains by starting at stage 3 and not at 4", "reading", "stage4", "stage3"),
             Claim(
-                "there is no more to gain from stage 2 (in the paper: +0.1 on TextVQA)", "reading", "stage3", "stage2"
+                "starting at stage 2 gains a hundredth more at most (in the paper: a thousandth on TextVQA)",
+                "reading",
+                "stage3",
+                "stage2",
+                at_most=0.01,
             ),
         ),
         _BENCHMARKS,
@@ -324,7 +336,7 @@ def conclude(claim: Claim, arms: Mapping[str, Mapping]) -> str:
         better["accuracy"][claim.kind] - worse["accuracy"][claim.kind]
         for worse, better in zip(arms[claim.worse]["runs"], arms[claim.better]["runs"], strict=True)
     ]
-    held = sum(gain > 0 for gain in gains)
+    held = sum(map(claim.holds, gains))
     verdict = "reproduced" if held == len(gains) else "not reproduced" if held == 0 else "not decided"
     spread = f"{mean(gains):+.2f} in the mean, {min(gains):+.2f} to {max(gains):+.2f}"
     text = claim.text[0].upper() + claim.text[1:]
