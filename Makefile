@@ -34,7 +34,7 @@ test: $(VENV)/.installed-dev ## install with the test tools and run the quick te
 test-slow: $(VENV)/.installed-dev ## the tests that take longer: servers, killed runs, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) -m slow $(PYTEST_ARGS)
 
-test-miniature: $(VENV)/.installed-dev ## train a miniature model through all stages, and ask it: about six minutes
+test-miniature: $(VENV)/.installed-dev ## train a miniature model through all stages, and ask it: about four minutes
 	$(BIN)/python -m pytest -m miniature $(PYTEST_ARGS)
 
 test-lmms-eval: $(LMMS_EVAL_VENV)/.installed ## the tests against lmms-eval: its metrics, and its command with our model
