@@ -1,7 +1,6 @@
 """The paper's findings in miniature: arms that differ in one thing, what follows from them, and runs that go on."""
 
 import json
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,8 @@ from safetensors.torch import load_file
 pytest.importorskip("trl")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+
+from miniature_jobs import jobs_in_this_process  # noqa: E402
 
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.miniature import quickstart  # noqa: E402
@@ -79,16 +80,8 @@ def test_arms_that_are_compared_differ_in_one_thing():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def jobs_in_this_process():
-    """One after the other: processes of their own would spend their time importing."""
-
-    def run_jobs(jobs, on_event, at_once):
-        for name, job in jobs.items():
-            pickle.loads(pickle.dumps(job))(lambda event, name=name: on_event(name, event))
-            on_event(name, None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "run_jobs", run_jobs)
+def jobs_here():
+    with jobs_in_this_process():
         yield
 
 

@@ -24,7 +24,7 @@ from convllava_hf.miniature import drawing, language, pretraining, samples  # no
 from convllava_hf.miniature.labelled_pictures import NAMES, labelled_picture  # noqa: E402
 from convllava_hf.miniature.text_pictures import text_batches  # noqa: E402
 from convllava_hf.miniature.tokenizer import make_tokenizer  # noqa: E402
-from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
+from convllava_hf.miniature.world import World  # noqa: E402
 
 
 MIX = language.Mix(captions=0.2, grounded_captions=0.2, boxes=0.3)
@@ -250,66 +250,3 @@ def test_a_data_set_trains_through_the_trainer(written, assembled, tmp_path):
         assert decode(labels[labels != -100]) == "".join(f" {answer}</s>" for answer in answers)
         assert (ids == trainer.processing_class.image_token_id).sum() == 16
     assert batch["pixel_values"].shape == (8, 3, 256, 256)
-
-
-def probe(folder, pictures: int) -> float:
-    """How many places of unseen pictures with a thing at them a linear map of a tower's features names rightly."""
-    from sklearn.linear_model import RidgeClassifier
-
-    tower = transformers.ConvNextModel.from_pretrained(folder).eval()
-    rng = np.random.default_rng(99)
-    drawn = [labelled_picture(rng) for _ in range(pictures)]
-    pixels, names = (np.stack([one[index] for one in drawn]) for index in (0, 1))
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.no_grad():
-        features = torch.cat([tower(part).last_hidden_state.permute(0, 2, 3, 1) for part in pixels.split(50)])
-    seen = pictures * 2 // 3
-    is_thing = names < len(COLORS) * len(SHAPES)
-    known, asked = features[:seen][is_thing[:seen]].numpy(), features[seen:][is_thing[seen:]].numpy()
-    probed = RidgeClassifier().fit(known, names[:seen][is_thing[:seen]])
-    return probed.score(asked, names[seen:][is_thing[seen:]])
-
-
-@pytest.mark.slow
-def test_a_tower_learns_to_see(stage_0, tmp_path):
-    """A probe of our own names things by its features: far above chance, 1/30, and above those of an untrained tower.
-
-    Digits take it longer than this.
-    """
-    pretraining.train_tower(tmp_path / "tower", steps=300, seed=0)
-    things, untrained = probe(tmp_path / "tower", 900), probe(stage_0[0] / "tower", 900)
-    assert things > 0.25 and things > untrained + 0.12
-
-
-@pytest.mark.slow
-def test_a_language_model_learns_to_look_things_up(tmp_path, tokenizer):
-    """Its answers' likeliest first tokens about scenes of the test split, against the words that it was told."""
-    losses = []
-    pretraining.train_language_model(
-        tmp_path / "language", steps=250, seed=0, boxes=False, on_step=lambda step, steps, loss: losses.append(loss)
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "language").eval()
-    embed = model.get_input_embeddings()
-    token_of = lambda text: tokenizer.encode(text, add_special_tokens=False)[0]  # noqa: E731
-    rng, right = np.random.default_rng(0), {}
-    for scene in itertools.islice(World().scenes("test", 0), 80):
-        cells = language.text_picture(scene)
-        first_words = " ".join(words[0] for words in cells)
-        for question in language.questions(scene, rng):
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{first_words}\n{question.text}"}],
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
-            )["input_ids"]
-            embeddings = embed(prompt).detach()
-            behind = prompt[0].tolist().index(token_of("\n"))
-            for place, words in enumerate(cells, start=behind - len(cells)):
-                for word in words[1:]:
-                    embeddings[0, place] += embed.weight[token_of(f" {word}")].detach()
-            with torch.no_grad():
-                answer = tokenizer.decode(model(inputs_embeds=embeddings).logits[0, -1].argmax())
-            right.setdefault(question.kind, []).append(answer == f" {question.answer.split(',')[0]}")
-    shares = {kind: np.mean(values) for kind, values in right.items()}
-    assert losses[-1] < 0.3 * losses[0]
-    assert min(shares[kind] for kind in ("reading", "color", "shape")) > 0.4, shares

@@ -14,6 +14,12 @@ from convllava_hf.errors import ConvLlavaError
 from convllava_hf.miniature.steps import JobError, Run, run_jobs
 
 
+@pytest.fixture(autouse=True)
+def _as_from_the_command(monkeypatch):
+    """As in `convllava quickstart`, jobs' processes import what the job needs, and nothing for the package's sake."""
+    monkeypatch.setattr(sys, "argv", ["convllava", "quickstart"])
+
+
 def test_a_run_remembers_what_is_done(tmp_path):
     run = Run(tmp_path / "run", {"seed": 3})
     with run.step("one"):
@@ -87,6 +93,7 @@ def test_a_job_that_fails_ends_the_others(tmp_path, job):
 ORPHAN = """
 import functools, os, sys, time
 from pathlib import Path
+sys.argv[0] = "convllava"
 from convllava_hf.miniature.steps import run_jobs
 
 def tell_and_sleep(path, emit):
