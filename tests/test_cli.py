@@ -262,6 +262,29 @@ def test_findings_and_the_quickstart_stay_apart(capsys, tmp_path):
     assert "'seed': 3" in message and "'seed': 4" in message
 
 
+SPEAKS_FIRST = """
+import sys
+from pathlib import Path
+
+sys.argv = ["convllava", *sys.argv[1:]]
+from convllava_hf import cli
+from convllava_hf.miniature import findings, quickstart
+
+large = {"torch", "transformers.modeling_utils"}
+findings.find_out = quickstart.quickstart = lambda run: sys.exit(str(large & set(sys.modules)))
+cli.main(["quickstart", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--findings"]])
+def test_quickstart_speaks_before_it_imports_anything_large(tmp_path, options):
+    pytest.importorskip("trl")
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-c", SPEAKS_FIRST, "--output", tmp_path / "run", *options]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.stdout.rstrip().endswith("the same command goes on.") and process.stderr.strip() == "set()"
+
+
 # --- the frame
 
 

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="convllava",
         description="Convert, assemble, ask, train, publish and measure ConvLLaVA models through transformers.",
     )
+    parser.set_defaults(registers=True)  # the model, before the command runs; false where the command sees to it
     parser.add_argument("--version", action="version", version=f"convllava {version('convllava-hf')}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     quiet_imports()
     try:
-        from .. import ConvLlavaConfig  # noqa: F401  (registers the model, which takes seconds: not before it is needed)
-
+        if args.registers:  # which takes seconds: not before it is needed
+            from .. import ConvLlavaConfig  # noqa: F401
         return args.run(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -33,7 +33,7 @@ def register(subparsers) -> None:
         help="try out what the paper found about towers and resolutions instead: five ways to train, with this seed "
         "and the two after it",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, registers=False)  # what comes first needs no model, and is seen at once
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,12 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _quickstart(args: argparse.Namespace) -> int:
     from ..miniature.quickstart import open_run, quickstart
-    from ..miniature.report import format_table, write_report
 
     output = args.output or Path("quickstart")
     training = open_run(output, seed=args.seed)
-    print(f"A ConvLLaVA in miniature, from nothing, into {output}. Ctrl-C stops it; the same command goes on.")
+    _announce("A ConvLLaVA in miniature, from nothing", output)
     results = quickstart(training)
+
+    from ..miniature.report import format_table, write_report
+
     commands = _next_commands(output, results)
     write_report(results, output, commands)
     print(f"\n{format_table(results)}\n")
@@ -62,17 +64,23 @@ def _quickstart(args: argparse.Namespace) -> int:
 
 def _find_out(output: Path, seed: int) -> int:
     from ..miniature.findings import find_out, open_findings
-    from ..miniature.report import write_findings
 
     run = open_findings(output, seed=seed)
-    print(f"The paper's findings in miniature, into {output}. Ctrl-C stops it; the same command goes on.")
+    _announce("The paper's findings in miniature", output)
     findings = find_out(run)
+
+    from ..miniature.report import write_findings
+
     page = write_findings(findings, output)
     print()
     for finding in findings["findings"]:
         print(f"{finding['title']}. {finding['conclusion']}")
     print(f"\nTables and figure: {page}")
     return 0
+
+
+def _announce(what: str, output: Path) -> None:
+    print(f"{what}, into {output}. Ctrl-C stops it; the same command goes on.", flush=True)
 
 
 def _next_commands(folder: Path, results: dict) -> list[str]:

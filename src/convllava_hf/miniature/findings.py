@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from .language import GENERAL, Mix
 from .progress import logs_to
 from .quickstart import (
@@ -284,6 +282,7 @@ def _teller(emit: Emit) -> Callable[..., None]:
 
 def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
     """Scores on unseen scenes, and what a picture costs."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoProcessor
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
-from transformers import TrainerCallback
 
 
 OnStep = Callable[..., None]  # steps done, all steps and, now and then, the loss
@@ -72,24 +71,6 @@ class Line:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(ended_well=kind is None)
-
-
-class TellTraining(TrainerCallback):
-    """Tells of a training's steps and losses."""
-
-    def __init__(self, tell: OnStep):
-        self.tell = tell
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:  # it goes on after an interruption
-            self.tell(state.global_step, state.max_steps)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.tell(state.global_step, state.max_steps, float(logs["loss"]))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.tell(state.global_step, state.max_steps)
 
 
 @contextmanager

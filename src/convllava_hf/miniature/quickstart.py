@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .language import KINDS, Mix
-from .progress import Line, OnStep, TellTraining, logs_to
+from .progress import Line, OnStep, logs_to
 from .steps import Run, run_jobs, write_json
 from .world import World
 
@@ -207,6 +207,7 @@ def train_by_recipe(
         `[step, loss]`, all that was logged.
     """
     from ..train import main
+    from .telling import TellTraining
 
     recipe = resources.files("convllava_hf.miniature.recipes") / f"stage{stage}.yaml"
     with resources.as_file(recipe) as path:
