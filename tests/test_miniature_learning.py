@@ -42,12 +42,14 @@ def trained(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
     folder = tmp_path_factory.mktemp("trained") / "run"
-    yield folder, quickstart(open_run(folder, seed=0, plan=SMALL))
-    torch.set_num_threads(threads)
+    try:
+        yield folder, quickstart(open_run(folder, seed=0, plan=SMALL))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_model_learns_to_see(trained):
-    """Every stage, every checkpoint between them, and scores that none can have who does not see."""
+    """Scores that none can have who does not see, after all stages."""
     _, results = trained
     for kind, floor in FLOORS.items():
         seen, chance, blind = (results[name][kind] for name in ("accuracy", "chance", "blind"))
@@ -99,11 +101,11 @@ def test_its_language_model_looks_things_up_before_it_meets_a_tower(trained):
     folder, _ = trained
     right = asked_in_words(folder / "stage0" / "language_model", scenes=80)
     shares = {kind: np.mean(values) for kind, values in right.items()}
-    assert min(shares[kind] for kind in ("reading", "color", "shape", "presence")) > 0.7, shares
+    assert shares.pop("count") > 0.45 and min(shares.values()) > 0.7, (right["count"], shares)
 
 
 def asked_in_words(folder, scenes: int) -> dict[str, list[bool]]:
-    """By kind of question, whether each answer was right about scenes that are told in words."""
+    """By kind of question but for boxes, whether each answer was right about scenes that are told in words."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     embed = model.get_input_embeddings()
@@ -113,6 +115,8 @@ def asked_in_words(folder, scenes: int) -> dict[str, list[bool]]:
         cells = language.text_picture(scene)
         first_words = " ".join(words[0] for words in cells)
         for question in language.questions(scene, rng):
+            if question.kind == "grounding":  # which words do not tell
+                continue
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": f"{first_words}\n{question.text}"}],
                 add_generation_prompt=True,
@@ -126,5 +130,5 @@ def asked_in_words(folder, scenes: int) -> dict[str, list[bool]]:
                     embeddings[0, place] += embed.weight[token_of(f" {word}")].detach()
             with torch.no_grad():
                 answer = tokenizer.decode(model(inputs_embeds=embeddings).logits[0, -1].argmax())
-            right.setdefault(question.kind, []).append(answer == f" {question.answer.split(',')[0]}")
+            right.setdefault(question.kind, []).append(answer == f" {question.answer}")
     return right

@@ -1,6 +1,9 @@
 """The quickstart as a whole, with hardly any training: what it writes, and runs that may be interrupted anywhere."""
 
+import functools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,14 +51,20 @@ def test_what_is_written(tiny):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, tmp_path, monkeypatch):
-    """It is interrupted in its first step, and each time that it goes on in a later one."""
+    """It is interrupted in its first step, and each time that it goes on in a later one.
+
+    In stage 2 that is after a checkpoint, from which it goes on.
+    """
     whole, results = tiny
-    update = module.Line.update
+    update, told = module.Line.update, []
+    train = functools.partial(module.train_by_recipe, options=["--save_steps", "4"])
+    monkeypatch.setattr(module, "train_by_recipe", train)
     for stop in ("vision tower", "stage 1", "stage 2", "evaluation"):
 
-        def interrupt(line, *args, stop=stop):
-            update(line, *args)
-            if line.title == module.TITLES[stop]:
+        def interrupt(line, done, *args, stop=stop):
+            update(line, done, *args)
+            told.append((line.title, done))
+            if line.title == module.TITLES[stop] and done > 6 * (stop == "stage 2"):
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
@@ -63,6 +72,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tiny, tmp_path, monkeypat
             with pytest.raises(KeyboardInterrupt):
                 quickstart(open_run(tmp_path / "run", seed=1, plan=TINY))
         assert not open_run(tmp_path / "run", seed=1, plan=TINY).is_done(stop)
+    steps = [done for title, done in told if title == module.TITLES["stage 2"]]
+    assert steps[:9] == [1, 2, 3, 4, 5, 6, 7, 4, 5]
     resumed = quickstart(open_run(tmp_path / "run", seed=1, plan=TINY))
     for name in ("accuracy", "chance", "blind", "questions"):
         assert resumed[name] == results[name]
@@ -80,3 +91,25 @@ def test_nothing_is_done_twice(tiny, monkeypatch):
     again = quickstart(open_run(folder, seed=1, plan=TINY))
     assert {**again, "seconds": None} == {**results, "seconds": None}
     assert {path: path.stat().st_mtime_ns for path in (folder / "model").iterdir()} == times
+
+
+ASSEMBLES = """
+import sys
+from pathlib import Path
+
+sys.argv = ["convllava", *sys.argv[1:]]
+from convllava_hf.miniature.quickstart import assemble_model
+
+if __name__ == "__main__":
+    assemble_model(Path(sys.argv[1]), stage0=Path(sys.argv[2]), seed=1)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_assembles_a_checkpoint_with_its_code(tiny, tmp_path):
+    """Though it has not registered the model before."""
+    folder, _ = tiny
+    command = [sys.executable, "-c", ASSEMBLES, tmp_path / "model", folder / "stage0"]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    names, expected = ({path.name for path in place.iterdir()} for place in (tmp_path / "model", folder / "assembled"))
+    assert names == expected and "processing_convllava.py" in names

@@ -386,6 +386,18 @@ def test_figure_shows_what_changes(results, tmp_path):
     assert after.width == before.width and after.height > before.height + 200  # a second row of samples
 
 
+@pytest.mark.parametrize("boxed", [True, False])
+def test_figure_says_which_box_is_which(results, tmp_path, monkeypatch, boxed):
+    """Where there are boxes, be it below the first row alone."""
+    picture = (tmp_path / "samples/00.png").read_bytes()
+    monkeypatch.setattr("convllava_hf.miniature.report_figure.png", lambda figure: figure)
+    samples = [sample()] * 6 + [BOXED if boxed else sample()]
+    figure = report_figure({**results, "samples": samples}, [picture] * 7)
+    words = [text.get_text() for part in figure.subfigs for text in part.texts]
+    assert words.count("What it saw and said") == 1
+    assert words.count("solid: box answered, dashed: true box") == boxed
+
+
 def test_figure_draws_the_boxes():
     with figure_style() as figure_class:
         axis = figure_class().add_subplot()

@@ -1,4 +1,4 @@
-"""Stage 0 of the miniature, and its data as training reads it: models that learn, and what they learn from."""
+"""Stage 0 of the miniature, and its data as training reads it: what the tower learns from, and what training takes."""
 
 import io
 import itertools

@@ -47,6 +47,7 @@ def _command_line_starts() -> bool:
     return program.name in ("convllava", "convllava.exe") or program == Path(__file__).with_name("__main__.py")
 
 
-# The command line answers --help and mistakes without waiting for torch; it registers before it runs a command.
+# The command line answers --help and mistakes without waiting for torch; it registers before it runs a command, or the
+# command does where it can begin without.
 if not _command_line_starts():
     import_module(f"{__name__}.registration")

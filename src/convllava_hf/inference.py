@@ -1,4 +1,4 @@
-"""Load a ConvLLaVA and ask it: what `convllava ask`, `chat` and `quickstart` share, usable from Python as well.
+"""Load a ConvLLaVA and ask it: what `convllava ask`, `chat`, `demo` and `eval` share, usable from Python as well.
 
 >>> assistant = load("path/to/convllava")
 >>> picture = open_picture("photo.jpg")

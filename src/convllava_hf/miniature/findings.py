@@ -1,7 +1,8 @@
 """`convllava quickstart --findings`: what the paper found about towers and resolutions, tried out in miniature.
 
-For each seed a tower and a language model are trained once, then joined and trained in several arms, two arms at the
-same time. Arms that are compared differ in one thing only; all see the same pictures in the same order.
+For each seed a tower and a language model are trained once, then joined and trained in several arms, as many at the
+same time as there are cores. Arms that are compared differ in one thing only; all see the same pictures in the same
+order.
 """
 
 import functools
@@ -37,7 +38,7 @@ SEEDS = 3
 KINDS = ("reading", *GENERAL)
 # Signs so small that twice the resolution decides whether their digits can be read.
 WORLD = World(sign_sizes=(3, 5))
-# Pixels of what the tower sees in stage 0: from a sign's in a picture of 128 pixels to a thing's in one of 256.
+# Pixels of what the tower sees in stage 0: from a sign's in a picture of 128 pixels to over a thing's in one of 256.
 TOWER_SIZES = (19, 102)
 # No boxes are asked for: the time goes to the kinds that the findings are about.
 MIXES = {"stage1": Mix(captions=1.0), "stage2": Mix(captions=0.1)}
@@ -61,9 +62,9 @@ class Arm:
 
 ARMS = {
     "frozen": Arm("pretrained stages frozen", SIDE, 5, "vision_tower.stages.4"),
-    "stage4": Arm("updated from stage 4", SIDE, 5, "vision_tower.stages.[3-4]"),
-    "stage3": Arm("five stages, updated from stage 3", SIDE, 5, "vision_tower.stages.[2-4]"),
-    "stage2": Arm("updated from stage 2", SIDE, 5, "vision_tower.stages.[1-4]"),
+    "from4": Arm("updated from stage 4", SIDE, 5, "vision_tower.stages.[3-4]"),
+    "from3": Arm("five stages, updated from stage 3", SIDE, 5, "vision_tower.stages.[2-4]"),
+    "from2": Arm("updated from stage 2", SIDE, 5, "vision_tower.stages.[1-4]"),
     "four": Arm("four stages, updated from stage 3", SIDE // 2, 4, "vision_tower.stages.[2-3]"),
 }
 
@@ -83,6 +84,7 @@ class Claim:
     at_most: float | None = None
 
     def holds(self, gain: float) -> bool:
+        gain = round(gain, 4)  # as accuracies are: 0.92 - 0.91 is a hair more than 0.01
         return gain > 0 if self.at_most is None else gain <= self.at_most
 
 
@@ -112,47 +114,47 @@ FINDINGS = (
         "Updating the tower",
         "Both arms read pictures of twice the side that the tower was pretrained at. One leaves its pretrained stages "
         "as they are; the other updates them from the third on. The fifth stage is new and trained in both.",
-        ("frozen", "stage3"),
+        ("frozen", "from3"),
         _KINDS,
         (
-            Claim("updating the tower helps reading", "reading", "frozen", "stage3"),
-            Claim("updating the tower helps to name shapes", "shape", "frozen", "stage3"),
+            Claim("updating the tower helps reading", "reading", "frozen", "from3"),
+            Claim("updating the tower helps to name shapes", "shape", "frozen", "from3"),
         ),
         _BENCHMARKS,
-        {"frozen": (63.2, 65.7, 53.7, 29.8), "stage3": (66.5, 68.6, 60.0, 40.2)},
+        {"frozen": (63.2, 65.7, 53.7, 29.8), "from3": (66.5, 68.6, 60.0, 40.2)},
         "tables 2 and 3, ConvNeXt-L of four stages at 768 px, frozen and updated",
     ),
     Finding(
         "Five stages at twice the resolution",
         "Both arms spend 16 visual tokens on a picture: four stages on 128 pixels a side, five on 256. The tower was "
         "pretrained on things of both sizes, and the digits on signs are small.",
-        ("four", "stage3"),
+        ("four", "from3"),
         _KINDS,
-        (Claim("for as many tokens, the higher resolution reads better", "reading", "four", "stage3"),),
+        (Claim("for as many tokens, the higher resolution reads better", "reading", "four", "from3"),),
         _BENCHMARKS,
-        {"four": (66.5, 68.6, 60.0, 40.2), "stage3": (64.3, 69.1, 60.7, 42.5)},
+        {"four": (66.5, 68.6, 60.0, 40.2), "from3": (64.3, 69.1, 60.7, 42.5)},
         "table 4, 576 tokens: four stages at 768 px, five stages at 1536 px",
     ),
     Finding(
         "Where to start updating",
         "The tower is updated from its second, third or fourth stage on.",
-        ("stage2", "stage3", "stage4"),
+        ("from2", "from3", "from4"),
         _KINDS,
         (
-            Claim("reading gains by starting at stage 3 and not at 4", "reading", "stage4", "stage3"),
+            Claim("reading gains by starting at stage 3 and not at 4", "reading", "from4", "from3"),
             Claim(
                 "starting at stage 2 gains a hundredth more at most (in the paper: a thousandth on TextVQA)",
                 "reading",
-                "stage3",
-                "stage2",
+                "from3",
+                "from2",
                 at_most=0.01,
             ),
         ),
         _BENCHMARKS,
         {
-            "stage2": (65.1, 67.7, 54.8, 31.1),
-            "stage3": (65.3, 67.7, 54.7, 31.1),
-            "stage4": (66.2, 67.0, 52.2, 28.2),
+            "from2": (65.1, 67.7, 54.8, 31.1),
+            "from3": (65.3, 67.7, 54.7, 31.1),
+            "from4": (66.2, 67.0, 52.2, 28.2),
         },
         "table 9, five stages at 768 px",
     ),
@@ -305,12 +307,12 @@ def _collect(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     arms = {}
     for name, arm in ARMS.items():
         runs = [json.loads((_place(run.folder, seed) / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]
+        costs = [{what: run.pop(what) for what in ("visual_tokens", "operations_per_picture")} for run in runs]
         arms[name] = {
             "label": arm.label,
             "resolution": arm.side,
             "stages": arm.stages,
-            "visual_tokens": runs[0].pop("visual_tokens"),
-            "operations_per_picture": runs[0].pop("operations_per_picture"),
+            **costs[0],  # the same for every seed
             "runs": runs,
         }
     return {"arms": arms, "findings": [_finding(finding, arms) for finding in FINDINGS]}

@@ -15,7 +15,7 @@ from .world import COLORS, SHAPES, UNITS, Sign, Thing
 NAMES = [*((color, shape) for color in COLORS for shape in SHAPES), *range(10), "ground"]
 SIDE = 128  # pixels of the tower's pictures
 STRIDE = 32  # pixels of the four-stage tower
-SIZES = (48, 102)  # pixels of what is in them: as large as in scenes of 256 pixels
+SIZES = (48, 102)  # pixels of what is in them: those of scenes of 256 pixels, and some more
 
 
 def labelled_picture(
@@ -24,8 +24,9 @@ def labelled_picture(
     """A picture of up to three things with sides of so many pixels, and what is at its places.
 
     Returns:
-        The picture, (128, 128, 3) of 0-255. The index of what is at the centre of each place, (4, 4). How far that
-        reaches from there to the left, top, right and bottom, (4, 4, 4) in strides.
+        The picture, (128, 128, 3) of 0-255. The index of what is at the centre of each place, (4, 4), or of what lies
+        within the place and is too small for any centre. How far it reaches from there to the left, top, right and
+        bottom, (4, 4, 4) in strides.
     """
     grey = rng.integers(85, 200)
     picture = Image.new("RGB", (SIDE, SIDE), tuple(int(value) for value in grey + rng.integers(-15, 16, 3)))

@@ -110,12 +110,12 @@ def train_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    edges = nn.Linear(EDGES, config.hidden_size, bias=False)
+    edge_layer = nn.Linear(EDGES, config.hidden_size, bias=False)
     nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING)
-    nn.init.normal_(edges.weight, std=_EMBEDDING / math.sqrt(EDGES / 2))  # as long as embeddings are
+    nn.init.normal_(edge_layer.weight, std=_EMBEDDING / math.sqrt(EDGES / 2))  # as long as embeddings are
     batches = text_batches(tokenizer, world, seed, boxes=boxes)
-    loss = lambda: weighted_loss(model, edges, next(batches))  # noqa: E731
-    _fit(nn.ModuleList([model, edges]), loss, steps, (_LANGUAGE_RATE, 2e-3), on_step)
+    loss = lambda: weighted_loss(model, edge_layer, next(batches))  # noqa: E731
+    _fit(nn.ModuleList([model, edge_layer]), loss, steps, (_LANGUAGE_RATE, 2e-3), on_step)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)

@@ -168,6 +168,7 @@ def assemble_model(
     output: Path, *, stage0: Path, seed: int, side: int = SIDE, extra_stage_depth: int = EXTRA_STAGE_DEPTH
 ) -> None:
     """The tower with a fresh stage, a fresh projector and the language model, as one checkpoint."""
+    from .. import ConvLlavaConfig  # noqa: F401  (registered classes are saved with their code)
     from ..convert import assemble
 
     assemble(
@@ -324,7 +325,7 @@ def _parameters(model) -> dict[str, int]:
 
 
 def _save_samples(answered, folder: Path) -> list[dict[str, Any]]:
-    """Two questions of each kind with their pictures, from scenes in order: wrong answers are among them."""
+    """Two questions of each kind with their pictures, from scenes in order, however they were answered."""
     from .drawing import draw
 
     each = _SAMPLES // len(KINDS)

@@ -96,6 +96,8 @@ def report_figure(results: Mapping[str, Any], pictures: Sequence[bytes]) -> byte
         _draw_losses(parts[2], results["losses"])
         for row in range(rows):
             _draw_samples(parts[3 + row], shown[row * _COLUMNS : (row + 1) * _COLUMNS], first=row == 0)
+        if rows:
+            _head_samples(parts[3], any(boxes(sample) for sample, _ in shown))
         return png(figure)
 
 
@@ -170,12 +172,14 @@ def _draw_curve(axis, curve: Curve, limits: tuple[float, float]) -> None:
     axis.locator_params(axis="x", nbins=4, integer=True)
 
 
+def _head_samples(part, with_boxes: bool) -> None:
+    part.text(0.04, 0.96, "What it saw and said", fontsize=11, fontweight="bold", va="center")
+    if with_boxes:
+        note = "solid: box answered, dashed: true box"
+        part.text(0.97, 0.96, note, fontsize=9, color=COLORS["soft"], va="center", ha="right")
+
+
 def _draw_samples(part, shown: Sequence[tuple[Mapping, bytes]], first: bool) -> None:
-    if first:
-        part.text(0.04, 0.96, "What it saw and said", fontsize=11, fontweight="bold", va="center")
-        if any(boxes(sample) for sample, _ in shown):
-            note = "solid: box answered, dashed: true box"
-            part.text(0.97, 0.96, note, fontsize=9, color=COLORS["soft"], va="center", ha="right")
     part_height = _ROW + _HEADING * first
     pitch = (0.93 + _GAP / 2) / _COLUMNS
     side = pitch - _GAP / 2

@@ -54,7 +54,11 @@ def findings_text(findings: Mapping[str, Any]) -> str:
         parts += [f"## {plain(finding['title'])}", _wrapped(finding["question"]), _finding_table(finding, arms)]
         parts += [_wrapped(f"The paper's figures: {finding['paper']['source']}."), _wrapped(finding["conclusion"])]
     parts += ["## What each arm cost", _cost_table(arms)]
-    parts += [_wrapped("Two arms ran at the same time, on one core each; the time is that of stage 2.")]
+    parts += [
+        _wrapped(
+            "As many arms ran at the same time as there are cores, on one core each; the time is that of stage 2."
+        )
+    ]
     parts += ["## Every kind of question", _kinds_table(arms)]
     parts += [
         "## How it was made",

@@ -211,8 +211,8 @@ def _losses(losses: Mapping[str, Any]) -> list[str]:
     lines = [
         "<section>",
         "<h2>How it learnt</h2>",
-        "<p>Cross-entropy over steps of training: of names for the vision tower, of the words of answers everywhere "
-        "else. The axes are logarithmic and alike.</p>",
+        "<p>Loss over steps of training: of names and edges for the vision tower, cross-entropy of the words of "
+        "answers everywhere else. The axes are logarithmic and alike.</p>",
         '<div class="grid curves">',
     ]
     for name, curve in drawn.items():

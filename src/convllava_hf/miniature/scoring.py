@@ -77,16 +77,16 @@ def ask_about_scenes(
     ]
 
 
-def chance(world: World, kinds: Sequence[str] = KINDS, *, seed: int) -> dict[str, float]:
-    """By kind, the accuracy of a constant answer: of the one that is right most often, chosen on other scenes.
+def chance(world: World, *, seed: int) -> dict[str, float]:
+    """By kind, the accuracy of a constant answer: of the one that is right most often about other scenes.
 
-    All are training scenes, and so many that it is known to a hundredth.
+    All are training scenes, and so many that it is known to two hundredths.
     """
     rng = np.random.default_rng([seed, 500])
     scenes = world.scenes("train", [seed, 500])
     chosen, judged = (_count_answers(islice(scenes, _SCENES_FOR_CHANCE), rng) for _ in range(2))
     result = {}
-    for kind in kinds:
+    for kind in KINDS:
         constant = _most_often_right(kind, chosen[kind])
         right = sum(number for truth, number in judged[kind].items() if is_right(kind, constant, truth))
         result[kind] = round(right / judged[kind].total(), 4)

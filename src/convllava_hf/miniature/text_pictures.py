@@ -126,9 +126,9 @@ def _text_batch(samples: list[list[_Position]], pad: int) -> dict[str, torch.Ten
     return {**batch, "position_ids": places, "attention_mask": mask[:, None]}
 
 
-def weighted_loss(model: nn.Module, edges: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def weighted_loss(model: nn.Module, edge_layer: nn.Linear, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the labels, each with its weight."""
-    embeddings = embed_text(model, edges, batch["input_ids"], batch["beside"], batch["edges"])
+    embeddings = embed_text(model, edge_layer, batch["input_ids"], batch["beside"], batch["edges"])
     inputs = {name: batch[name] for name in ("position_ids", "attention_mask")}
     logits = model(inputs_embeds=embeddings, **inputs).logits
     labels, weights = batch["labels"][:, 1:].flatten(), batch["weights"][:, 1:].flatten()
@@ -137,15 +137,15 @@ def weighted_loss(model: nn.Module, edges: nn.Linear, batch: dict[str, torch.Ten
 
 
 def embed_text(
-    model: nn.Module, edges: nn.Linear, tokens: torch.Tensor, beside: torch.Tensor, places: torch.Tensor
+    model: nn.Module, edge_layer: nn.Linear, tokens: torch.Tensor, beside: torch.Tensor, edges: torch.Tensor
 ) -> torch.Tensor:
     """What the language model gets to read of a batch of text pictures, (size, positions, hidden size).
 
     Args:
         tokens: (size, positions).
         beside: tokens that are said at the same time, -1 for none, (size, positions).
-        places: `language.edges_of_cells`, (size, positions, 24).
+        edges: `language.edges_of_cells`, (size, positions, 24).
     """
     embed = model.get_input_embeddings()
     second = embed(beside.clamp(min=0)) * (beside >= 0).unsqueeze(-1)
-    return embed(tokens) + second + edges(places)
+    return embed(tokens) + second + edge_layer(edges)
