@@ -264,7 +264,6 @@ def test_findings_and_the_quickstart_stay_apart(capsys, tmp_path):
 
 SPEAKS_FIRST = """
 import sys
-from pathlib import Path
 
 sys.argv = ["convllava", *sys.argv[1:]]
 from convllava_hf import cli

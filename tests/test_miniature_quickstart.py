@@ -100,8 +100,7 @@ from pathlib import Path
 sys.argv = ["convllava", *sys.argv[1:]]
 from convllava_hf.miniature.quickstart import assemble_model
 
-if __name__ == "__main__":
-    assemble_model(Path(sys.argv[1]), stage0=Path(sys.argv[2]), seed=1)
+assemble_model(Path(sys.argv[1]), stage0=Path(sys.argv[2]), seed=1)
 """
 
 

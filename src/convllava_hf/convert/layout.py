@@ -10,10 +10,15 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import ConvLlavaError
-from ..modeling.configuration_convllava import ConvLlavaConfig
-from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
-from ..modeling.modeling_convllava import AUTO_MAP, ConvLlavaForConditionalGeneration
-from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..modeling.modeling_convllava import AUTO_MAP
+
+# Registered, since their code is saved with a checkpoint only then.
+from ..registration import (
+    ConvLlavaConfig,
+    ConvLlavaForConditionalGeneration,
+    ConvLlavaImageProcessor,
+    ConvLlavaProcessor,
+)
 from .keys import HEAD, Table, plan_renaming
 from .reading import read_json
 from .tokenizers import IMAGE_TOKEN, make_portable

@@ -168,7 +168,6 @@ def assemble_model(
     output: Path, *, stage0: Path, seed: int, side: int = SIDE, extra_stage_depth: int = EXTRA_STAGE_DEPTH
 ) -> None:
     """The tower with a fresh stage, a fresh projector and the language model, as one checkpoint."""
-    from .. import ConvLlavaConfig  # noqa: F401  (registered classes are saved with their code)
     from ..convert import assemble
 
     assemble(
