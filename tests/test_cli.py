@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -260,6 +261,20 @@ def test_findings_and_the_quickstart_stay_apart(capsys, tmp_path):
     assert "holds a run with" in message and "'findings': True" in message
     message = refusal(capsys, "quickstart", "--findings", "--seed", "4", "--output", str(tmp_path / "run"))
     assert "'seed': 3" in message and "'seed': 4" in message
+
+
+@pytest.mark.parametrize("gradio", [True, False])
+def test_quickstart_ends_with_commands_that_can_be_typed(monkeypatch, tmp_path, gradio):
+    """In a fresh environment too, where its own extra brings no web page."""
+    monkeypatch.setattr(sys, "argv", [".venv/bin/convllava", "quickstart"])
+    monkeypatch.setattr(cli.quickstart, "find_spec", lambda name: gradio or None)
+    results = {"samples": [{"picture": "samples/00.png", "question": "What is it?"}]}
+    ask, *install, demo = map(shlex.split, cli.quickstart._next_commands(tmp_path, results))
+    for command in (ask, demo):
+        assert command.pop(0) == ".venv/bin/convllava"
+        assert cli.build_parser().parse_args(command).command == command[0]
+    assert ask[1:] == [f"{tmp_path}/model", f"{tmp_path}/samples/00.png", "What is it?"]
+    assert install == ([] if gradio else [[sys.executable, "-m", "pip", "install", "convllava-hf[demo]"]])
 
 
 SPEAKS_FIRST = """

@@ -84,9 +84,11 @@ def _announce(what: str, output: Path) -> None:
 
 
 def _next_commands(folder: Path, results: dict) -> list[str]:
-    """What can be typed now, with the program as it was called."""
+    """What can be typed now, with the program as it was called; what the last needs is installed before it."""
     program = sys.argv[0] if Path(sys.argv[0]).name == "convllava" else "convllava"
     sample = results["samples"][0]
-    words = [program, "ask", folder / "model", folder / sample["picture"], sample["question"]]
-    demo = [program, "demo", folder / "model"]
-    return [shlex.join(map(str, words)), shlex.join(map(str, demo))]
+    commands = [[program, "ask", folder / "model", folder / sample["picture"], sample["question"]]]
+    if find_spec("gradio") is None:
+        commands.append([sys.executable, "-m", "pip", "install", "convllava-hf[demo]"])
+    commands.append([program, "demo", folder / "model"])
+    return [shlex.join(map(str, words)) for words in commands]
