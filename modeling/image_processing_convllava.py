@@ -29,6 +29,10 @@ _MOST_VALUES = 2**30
 PICTURE_ARGUMENTS = ("image_aspect_ratio", "size", "min_pixels", "max_pixels", "preset")
 
 
+class ImageError(ValueError):
+    """An image that cannot be opened, decoded, turned upright or prepared. The message names it and the remedy."""
+
+
 class ConvLlavaImagesKwargs(ImagesKwargs, total=False):
     image_aspect_ratio: str | None
     min_pixels: int | None
@@ -255,7 +259,7 @@ def _open_picture(source) -> Image.Image:
         try:
             return load_image(name)
         except (*_UNREADABLE, *_UNREACHABLE) as error:
-            raise ValueError(f"Cannot read a picture from {shown!r}: {error}") from error
+            raise ImageError(f"Cannot read a picture from {shown!r}: {error}") from error
     if not os.path.exists(name):
         raise FileNotFoundError(f"There is no picture at {shown!r}: check the path.")
     return _decode(name, shown)
@@ -266,14 +270,14 @@ def _decode(file, shown: str) -> Image.Image:
         picture = Image.open(file)
         picture.load()
     except UnidentifiedImageError as error:
-        raise ValueError(f"{shown!r} is not a picture that PIL can read.") from error
+        raise ImageError(f"{shown!r} is not a picture that PIL can read.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(
+        raise ImageError(
             f"The picture {shown!r} cannot be decoded: {error} Make it smaller, or, if you know where it comes from, "
             "raise PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except _UNREADABLE as error:
-        raise ValueError(f"The picture {shown!r} cannot be decoded: {error}") from error
+        raise ImageError(f"The picture {shown!r} cannot be decoded: {error}") from error
     return picture
 
 
@@ -296,7 +300,7 @@ def _to_picture(image, input_data_format, do_convert_rgb: bool) -> Image.Image:
         try:
             picture = ImageOps.exif_transpose(image)
         except Exception as error:  # PIL decodes late, and lets through whatever its parsers stumble over
-            raise ValueError(f"The picture {image!r} cannot be decoded: {error}") from error
+            raise ImageError(f"The picture {image!r} cannot be decoded: {error}") from error
     else:
         picture = _from_array(image, input_data_format)
     if picture.mode.startswith("I") or picture.mode == "F":
