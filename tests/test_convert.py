@@ -1,6 +1,7 @@
 """Converting the original's checkpoints, in all the layouts that they come in."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -154,9 +155,12 @@ LAYOUTS = [
     originals.with_pooling_norm_and_prefix,
     originals.tower_as_safetensors,
     originals.tower_in_the_main_shards,
+    originals.another_tower_in_the_main_shards,
     originals.tower_named_relatively,
     originals.tower_named_absolutely,
-    originals.as_released,
+    originals.with_odd_settings,
+    originals.with_tokenizer_files_of_4_33,
+    originals.with_timm_names_in_the_shards,
 ]
 
 
@@ -164,13 +168,6 @@ LAYOUTS = [
 def test_layouts(source, converted, tmp_path, change):
     change(source)
     out = convert_checkpoint(source, tmp_path / "out", progress=False)
-    assert_same_weights(out, converted)
-
-
-def test_named_tower_goes_before_all_others(source, converted, tmp_path):
-    tower = Path(shutil.copytree(source / "vision_tower", tmp_path / "tower"))
-    originals.tower_in_the_main_shards(source)
-    out = convert_checkpoint(source, tmp_path / "out", vision_tower=tower, progress=False)
     assert_same_weights(out, converted)
 
 
@@ -220,6 +217,28 @@ def test_legacy_tokenizer_needs_no_blanks(source, tmp_path):
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
+UNSAFE_FILES = [
+    "../golden.bin",
+    "/etc/shadow.bin",
+    "/dev/zero",
+    "..",
+    "",
+    "a/../../b.bin",
+    "..\\b.bin",
+    "C:b.bin",
+    ".hidden.bin",
+    "b.bin\n",
+    "config.json",
+    5,
+    None,
+]
+
+
+def make_fifo(path: Path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 REFUSALS = [
     (
         originals.drop_weight,
@@ -228,6 +247,8 @@ REFUSALS = [
     (originals.add_weight, r"2 weights left over.*extra.*model\.image_newline"),
     (originals.misshape, r"model\.norm\.weight .* is \(63,\), expected \(64,\)"),
     (originals.lose_shard, "1 are missing .*pytorch_model-00002-of-00002.bin"),
+    *((originals.name_in_the_index(file), "names the file .*beside it") for file in UNSAFE_FILES),
+    (lambda s: make_fifo(s / "config.json"), "config.json is no ordinary file"),
     (originals.evil_pickle, "cannot be read as PyTorch weights"),
     (originals.swap_tower, "'clip_vision_model', but ConvLLaVA's vision tower is a ConvNeXt"),
     (lambda s: (s / "model.safetensors").unlink(), "holds no weights"),
@@ -242,6 +263,18 @@ REFUSALS = [
     (lambda s: originals.edit_json(s / "config.json", mm_projector_type="linear"), "mm_projector_type='linear'"),
     (lambda s: originals.edit_json(s / "config.json", mm_vision_select_layer=-2), "mm_vision_select_layer=-2"),
     (lambda s: originals.edit_json(s / "config.json", mm_vision_resolution=800), "nearest such size is 768 x 768"),
+    (
+        lambda s: originals.edit_json(s / "config.json", num_hidden_layers=10**12),
+        "1000000000007 layers, and there are",
+    ),
+    (lambda s: originals.edit_json(s / "config.json", num_attention_heads=0), "describe no model"),
+    (lambda s: originals.edit_json(s / "config.json", hidden_size="64 "), "describe no model"),
+    (lambda s: originals.edit_json(s / "config.json", mm_vision_resolution="768"), "mm_vision_resolution '768'"),
+    (lambda s: originals.edit_json(s / "config.json", architectures=5), "names the architecture 5"),
+    (lambda s: originals.edit_json(s / "vision_tower" / "config.json", depths=7), "describe no model"),
+    (lambda s: originals.edit_json(s / "vision_tower" / "preprocessor_config.json", crop_size="320"), "a square"),
+    (lambda s: originals.edit_json(s / "generation_config.json", suppress_tokens=5), "describe no model"),
+    (lambda s: originals.edit_json(s / "config.json", pad_token_id=10**12), "describe no model"),
     (lambda s: originals.edit_json(s / "config.json", architectures=["LlavaNoneForCausalLM"]), "LlavaNoneForCausalLM"),
 ]
 

@@ -24,9 +24,13 @@ def card_of(checkpoint, tmp_path) -> str:
 
 def test_a_converted_checkpoint_names_the_original(golden, tmp_path):
     out = convert_checkpoint(golden / "checkpoint-stage3", tmp_path / "out", progress=False)
-    assert read_record(out) == {"format": 1, "origin": {"checkpoint": "checkpoint-stage3"}, "stages": []}
+    origin = {"checkpoint": "checkpoint-stage3", "vision_tower_choice": {"taken": "named", "asked_for": False}}
+    assert read_record(out) == {"format": 1, "origin": origin, "stages": []}
     card = card_of(out, tmp_path)
-    assert "| converted from | checkpoint-stage3 |" in card and "| vision tower | *not recorded* |" in card
+    assert "| converted from | checkpoint-stage3 |" in card
+    assert (
+        "| vision tower | the tower that the original runs |" in card and "| language model | *not recorded*" in card
+    )
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])  # a folder's name is no id
 
 
@@ -35,7 +39,9 @@ def test_a_tower_from_elsewhere_is_named_and_no_folder_is_taken_for_an_id(golden
     (source / "vision_tower").rename(tmp_path / "tower")
     monkeypatch.chdir(tmp_path)
     out = convert_checkpoint("org/original", "out", vision_tower=tmp_path / "tower", progress=False)
-    assert read_record(out)["origin"] == {"checkpoint": "original", "vision_tower": "tower"}
+    origin = read_record(out)["origin"]
+    assert (origin["checkpoint"], origin["vision_tower"]) == ("original", "tower")
+    assert origin["vision_tower_choice"] == {"taken": "given", "asked_for": True}
 
 
 def test_an_assembled_model_names_its_parts(tmp_path):

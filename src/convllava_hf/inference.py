@@ -22,7 +22,15 @@ from transformers.processing_utils import ProcessorMixin
 
 from .errors import ConvLlavaError, first_line
 from .fast_tower import choose_tower, has_plain_products, speed_up
-from .loading import choose_device, choose_dtype, load_processor, quantization_config
+from .loading import (
+    ORIGINAL,
+    check_checkpoint,
+    choose_device,
+    choose_dtype,
+    kind_of_checkpoint,
+    load_processor,
+    quantization_config,
+)
 from .memory import Glance, Memory
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
@@ -307,7 +315,8 @@ def load(
     """Load a ConvLLaVA checkpoint for inference.
 
     Args:
-        source: folder of a checkpoint in transformers' layout, or its id on the Hub.
+        source: folder of a checkpoint, or its id on the Hub. One of the original code is converted once into a cache
+            (see `convert.cache`) and taken from there afterwards.
         device: default: CUDA, else Apple's GPU, else the CPU.
         dtype: a torch dtype or its name; default: what `loading.choose_dtype` says of the device.
         quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
@@ -317,13 +326,16 @@ def load(
         ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
             quantization asked for is not there.
     """
-    processor = load_processor(source)
+    kind = kind_of_checkpoint(source)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
     chosen = choose_tower(device, dtype, tower)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
+    if kind == ORIGINAL:
+        source = _converted(source)
+    processor = load_processor(source)
     try:
         model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -340,3 +352,17 @@ def load(
     if tower is not None or has_plain_products(model.vision_tower):
         speed_up(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)
+
+
+def _converted(source: str | os.PathLike) -> str:
+    """An original checkpoint's copy in transformers' layout.
+
+    Raises:
+        ConvLlavaError: it cannot be converted, or not here: a Space has only the files that its page needs.
+    """
+    try:
+        from .convert.cache import converted_checkpoint
+    except ModuleNotFoundError:
+        check_checkpoint(source)
+        raise
+    return converted_checkpoint(source)

@@ -17,6 +17,7 @@ from .modeling.processing_convllava import ConvLlavaProcessor
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CONVERTED, ORIGINAL = "converted", "original"
 QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -36,21 +37,33 @@ def load_processor(source: str | os.PathLike) -> ConvLlavaProcessor:
 
 
 def check_checkpoint(source: str | os.PathLike) -> None:
-    """Look at config.json alone, before anything large is read.
+    """Look at config.json alone, before anything large is read, and refuse what is not in transformers' layout.
+
+    Whoever only asks a model takes original checkpoints as well: see `convert.cache.converted_checkpoint`.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint; the message says what it is.
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint, or one of the original code; the message says what it is.
+    """
+    if kind_of_checkpoint(source) == ORIGINAL:
+        raise ConvLlavaError(
+            f"{os.fspath(source)!r} is a checkpoint in the layout of the original code. Convert it first: "
+            f"convllava convert {os.fspath(source)} OUT"
+        )
+
+
+def kind_of_checkpoint(source: str | os.PathLike) -> str:
+    """`CONVERTED` or `ORIGINAL`: whether a checkpoint is in transformers' layout or in that of the original code.
+
+    Raises:
+        ConvLlavaError: `source` is neither; the message says what it is.
     """
     name = os.fspath(source)
     config = _read_config(name)
     model_type = config.get("model_type")
     if model_type == ConvLlavaConfig.model_type:
-        return
+        return CONVERTED
     if "mm_vision_tower" in config:
-        raise ConvLlavaError(
-            f"{name!r} is a checkpoint in the layout of the original code (model_type {model_type!r}). Convert it "
-            f"first: convllava convert {name} OUT"
-        )
+        return ORIGINAL
     raise ConvLlavaError(
         f"{name!r} is no ConvLLaVA checkpoint: its config.json has the model_type {model_type!r}, and "
         f"{ConvLlavaConfig.model_type!r} is expected."

@@ -52,9 +52,16 @@ def write_record(
     Args:
         folder: the checkpoint.
         origin: `vision_tower`, `language_model` or `checkpoint`: what each was made from, an id on the Hub or a name.
+            `vision_tower_choice`: of a converted checkpoint, which tower was taken (`taken`: `"named"` by config.json,
+            `"given"` by the caller, or `"shards"`), and how it compares with the other one; see
+            `convert.tower_comparison.Comparison`.
         stages: the training runs, the earliest first.
     """
-    origin = {part: portable_name(source) for part, source in (origin or {}).items() if source}
+    origin = {
+        part: source if isinstance(source, dict) else portable_name(source)
+        for part, source in (origin or {}).items()
+        if source
+    }
     path = Path(folder) / RECORD_FILE
     record = {"format": _FORMAT, "origin": origin, "stages": list(stages)}
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .common import add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
+from .common import MODEL_HELP, add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
 
 
 def register(subparsers) -> None:
@@ -12,7 +12,7 @@ def register(subparsers) -> None:
         help="ask one question about a picture",
         description="Ask one question about a picture. The answer streams to standard output.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a converted checkpoint, or its id on the Hub")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("image", metavar="IMAGE", help="path or URL of a picture")
     parser.add_argument("question", metavar="QUESTION", help="put <image> into it to place the picture in the text")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the answer and its figures")
@@ -22,16 +22,18 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..convert.cache import converted_checkpoint
     from ..inference import open_picture, system_turn, user_turn
-    from ..loading import check_checkpoint
+    from ..loading import kind_of_checkpoint
     from ..picture_options import check_picture_options
 
     # All that can be refused is refused before the weights are read.
-    check_checkpoint(args.model)
-    check_picture_options(args.model, picture_options(args))
+    kind_of_checkpoint(args.model)
     messages = [system_turn(args.system)] if args.system else []
     messages.append(user_turn(args.question, [open_picture(args.image)]))
-    assistant = load_assistant(args)
+    checkpoint = converted_checkpoint(args.model)
+    check_picture_options(checkpoint, picture_options(args))
+    assistant = load_assistant(args, checkpoint)
     answer = assistant.answer(
         messages,
         max_new_tokens=args.max_new_tokens,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import DTYPES, TOWERS, positive_int, quiet_unless_watched
+from .common import DTYPES, MODEL_HELP, TOWERS, positive_int, quiet_unless_watched
 
 
 def register(subparsers) -> None:
@@ -16,7 +16,7 @@ def register(subparsers) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="folder of a converted checkpoint, or its id on the Hub (default: random weights of the paper's shape)",
+        help=f"{MODEL_HELP} (default: random weights of the paper's shape)",
     )
     parser.add_argument(
         "--sizes",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from ..errors import ConvLlavaError
-from .common import add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
+from .common import MODEL_HELP, add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
 
 
 HELP = """\
@@ -24,7 +24,7 @@ def register(subparsers) -> None:
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a converted checkpoint, or its id on the Hub")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--image", metavar="IMAGE", help="path or URL of a picture for the first question")
     add_picture_arguments(parser)
     add_generation_arguments(parser)
@@ -32,14 +32,16 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..convert.cache import converted_checkpoint
     from ..inference import open_picture
-    from ..loading import check_checkpoint
+    from ..loading import kind_of_checkpoint
     from ..picture_options import check_picture_options
 
-    check_checkpoint(args.model)
-    check_picture_options(args.model, picture_options(args))
+    kind_of_checkpoint(args.model)
     pictures = [open_picture(args.image)] if args.image else []
-    chat = Chat(load_assistant(args), args, pictures)
+    checkpoint = converted_checkpoint(args.model)
+    check_picture_options(checkpoint, picture_options(args))
+    chat = Chat(load_assistant(args, checkpoint), args, pictures)
     for line in _lines():
         if not chat.take(line.strip()):
             break

@@ -11,6 +11,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 ASPECT_RATIOS = ("pad", "native", "shortest_edge")
 PRESETS = ("tiny", "small", "base", "large", "full")
 TOWERS = ("eager", "fused", "int8", "channels-last", "compiled", "cuda-graphs")
+MODEL_HELP = "folder of a checkpoint, or its id on the Hub; one of the original code is converted once into a cache"
 _TRAINING = ("datasets", "matplotlib", "peft", "trl", "yaml")
 
 
@@ -98,13 +99,14 @@ def temperature(text: str) -> float:
     return value
 
 
-def load_assistant(args: argparse.Namespace):
-    """The model that the options name, loaded."""
+def load_assistant(args: argparse.Namespace, checkpoint: str | None = None):
+    """The model that the options name, loaded; from `checkpoint`, if the model's name is not what is loaded."""
     quiet_unless_watched()
     errors_alone()
     from ..inference import load
 
-    return load(args.model, device=args.device, dtype=args.dtype, quantization=args.quantization, tower=args.tower)
+    options = {"dtype": args.dtype, "quantization": args.quantization, "tower": args.tower}
+    return load(checkpoint or args.model, device=args.device, **options)
 
 
 def require_training() -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import add_generation_arguments, errors_alone, positive_int, quiet_unless_watched
+from .common import MODEL_HELP, add_generation_arguments, errors_alone, positive_int, quiet_unless_watched
 
 
 def register(subparsers) -> None:
@@ -11,7 +11,7 @@ def register(subparsers) -> None:
         help="show a model on a web page",
         description="Show a model on a web page: drop a picture, ask, and follow up. Ctrl-C ends it.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of a converted checkpoint, or its id on the Hub")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--host",
         default="127.0.0.1",

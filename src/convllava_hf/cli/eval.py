@@ -6,7 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import ConvLlavaError
-from .common import add_loading_arguments, add_picture_arguments, load_assistant, picture_options, positive_int
+from .common import (
+    MODEL_HELP,
+    add_loading_arguments,
+    add_picture_arguments,
+    load_assistant,
+    picture_options,
+    positive_int,
+)
 
 
 _NEEDED = ("datasets", "rapidfuzz", "scipy")
@@ -20,7 +27,7 @@ def register(subparsers) -> None:
         "devices: accelerate launch -m convllava_hf eval ...",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a checkpoint, or its id on the Hub")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     parser.add_argument("--benchmark", metavar="NAME[,NAME]", help="such as textvqa,docvqa,pope,mme,mmbench,refcoco+")
     parser.add_argument(
         "--data",
@@ -91,6 +98,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     import torch
 
+    from ..convert.cache import converted_checkpoint
     from ..evaluation.benchmarks import find_benchmark
     from ..evaluation.runner import evaluate, join_processes
     from ..evaluation.runs import Model, Settings
@@ -103,7 +111,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _be_quiet()
-    processor = load_processor(args.model)
+    checkpoint = converted_checkpoint(args.model)
+    processor = load_processor(checkpoint)
     state = join_processes(args.device)
     if args.device is None and state.num_processes > 1:
         args.device = str(state.device)
@@ -111,10 +120,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     dtype = choose_dtype(device, args.dtype)
     model = Model(
         args.model,
-        functools.cache(lambda: load_assistant(args)),
+        functools.cache(lambda: load_assistant(args, checkpoint)),
         dtype,
         args.quantization,
         torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        checkpoint,
     )
     records = []
     for benchmark, path in zip(benchmarks, data, strict=True):

@@ -28,20 +28,9 @@ CONVNEXT_TABLE: Table = (
     (r"^classifier\.(?:weight|bias)$", None),
 )
 
-# The original's language model with the projector in it; its full state dict has the tower too. Old transformers saved
-# a buffer of the rotary embedding, which is computed today.
-ORIGINAL_TABLE: Table = (
-    (r"^model\.mm_projector\.0\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),
-    (r"^model\.mm_projector\.2\.(weight|bias)$", PROJECTOR + r"linear_2.\1"),
-    (r"^model\.vision_tower\.vision_tower\.(embeddings|encoder)\.(.+)$", TOWER + r"\1.\2"),
-    (r"^model\.vision_tower\.vision_tower\.layernorm\.(?:weight|bias)$", None),
-    (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", None),
-    (r"^model\.(embed_tokens|layers|norm)\.(.+)$", LANGUAGE_MODEL + r"\1.\2"),
-    (r"^lm_head\.weight$", HEAD),
-)
-
 # timm's ConvNeXt, alone or as the trunk of an OpenCLIP model, whose other parts are not used. `head` is the pooling
 # norm with what follows it; `norm_pre` is the same norm in classifiers that apply it before pooling.
+_TRUNK = r"^(?:visual\.trunk\.)?"
 TIMM_TABLE: Table = (
     (r"^(?:visual\.trunk\.)?stem\.0\.(weight|bias)$", TOWER + r"embeddings.patch_embeddings.\1"),
     (r"^(?:visual\.trunk\.)?stem\.1\.(weight|bias)$", TOWER + r"embeddings.layernorm.\1"),
@@ -68,6 +57,29 @@ TIMM_TABLE: Table = (
     (r"^(?:visual\.trunk\.)?(?:head|norm_pre)\..+$", None),
     (r"^(?:visual\.head|text|transformer|token_embedding|ln_final)\..+$", None),
     (r"^(?:logit_scale|logit_bias|positional_embedding|text_projection)$", None),
+)
+
+# A tower within the original's shards. Derivatives (toshi456/ConvLLaVA-JP) have timm's names there.
+SHARDS_TOWER = "model.vision_tower."
+SHARDS_TOWER_TABLE: Table = (
+    (r"^model\.vision_tower\.vision_tower\.(embeddings|encoder)\.(.+)$", TOWER + r"\1.\2"),
+    (r"^model\.vision_tower\.vision_tower\.layernorm\.(?:weight|bias)$", None),
+    *(
+        (pattern.replace(_TRUNK, r"^model\.vision_tower\.vision_tower\.(?:(?:visual\.)?trunk\.)?"), ours)
+        for pattern, ours in TIMM_TABLE
+        if pattern.startswith(_TRUNK)
+    ),
+)
+
+# The original's language model with the projector in it; its full state dict has a tower too. Old transformers saved
+# a buffer of the rotary embedding, which is computed today.
+ORIGINAL_TABLE: Table = (
+    (r"^model\.mm_projector\.0\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),
+    (r"^model\.mm_projector\.2\.(weight|bias)$", PROJECTOR + r"linear_2.\1"),
+    *SHARDS_TOWER_TABLE,
+    (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", None),
+    (r"^model\.(embed_tokens|layers|norm)\.(.+)$", LANGUAGE_MODEL + r"\1.\2"),
+    (r"^lm_head\.weight$", HEAD),
 )
 
 

@@ -1,14 +1,17 @@
-"""Reading a checkpoint of the original code base: what its configuration files say, and where its tower is."""
+"""Reading a checkpoint of the original code base: what its configuration files say."""
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import ConvNextConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ConvLlavaError
-from .reading import has_weights, locate, read_json
+from .reading import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,16 @@ _TOWER_FIELDS = (
     "layer_scale_init_value",
     "drop_path_rate",
     "image_size",
+)
+_CONFIGURATION_ERRORS = (
+    ArithmeticError,
+    AssertionError,  # torch's embeddings
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
 )
 # Base configs of transformers 4 have generation's settings too, which have no place in a text config.
 _NOT_ARCHITECTURE = {
@@ -80,39 +93,20 @@ def read_original_config(folder: Path) -> dict:
 
 def text_config_of(config: dict):
     """The language model's own configuration in the original's, without the original's additions."""
-    match = re.fullmatch(r"Llava(\w+)ForCausalLM", (config.get("architectures") or ["LlavaLlamaForCausalLM"])[0])
+    architectures = config.get("architectures") or ["LlavaLlamaForCausalLM"]
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    match = re.fullmatch(r"Llava(\w+)ForCausalLM", str(name))
     model_type = match[1].lower() if match else ""
     if model_type not in CONFIG_MAPPING:
         raise ConvLlavaError(
-            f"config.json names the architecture {config['architectures'][0]!r}; expected one like "
+            f"config.json names the architecture {name!r}; expected one like "
             "'LlavaLlamaForCausalLM', with a language model that transformers knows."
         )
     config_class = CONFIG_MAPPING[model_type]
     # `rope_theta` and `rope_scaling` are what transformers 5 calls `rope_parameters`; it still reads them.
     known = (set(config_class().to_dict()) | {"rope_theta", "rope_scaling"}) - _NOT_ARCHITECTURE
-    return config_class(**{key: value for key, value in config.items() if key in known})
-
-
-def find_tower(folder: Path, config: dict, vision_tower: str | Path | None) -> Path:
-    """The folder with the tower's configuration, and its weights unless the checkpoint's shards hold them.
-
-    Looked for in this order: `vision_tower`, the checkpoint's own folder `vision_tower/`, and what `mm_vision_tower`
-    names, as a path (absolute or from the checkpoint) or as an id on the Hub.
-    """
-    if vision_tower is not None:
-        return locate(vision_tower, "The vision tower")
-    if (folder / "vision_tower" / "config.json").is_file():
-        return folder / "vision_tower"
-    named = str(config["mm_vision_tower"])
-    if (folder / named).is_dir():
-        return folder / named
-    try:
-        return locate(named, "The vision tower")
-    except ConvLlavaError as error:
-        raise ConvLlavaError(
-            f"The checkpoint has no folder vision_tower/, and the tower that its mm_vision_tower names was not found. "
-            f"{error} Pass the tower's folder or id with --vision-tower."
-        ) from error
+    with configuration_errors("The checkpoint's config.json"):
+        return config_class(**{key: value for key, value in config.items() if key in known})
 
 
 def tower_config_of(folder: Path, what: str = "The vision tower") -> ConvNextConfig:
@@ -131,29 +125,76 @@ def tower_config_of(folder: Path, what: str = "The vision tower") -> ConvNextCon
         )
     fields = {key: config[key] for key in _TOWER_FIELDS if config.get(key) is not None}
     # Its classes use one eps for all norms that ConvLLaVA keeps; `layer_norm_eps` is the pooling norm's alone.
-    fields.setdefault("num_stages", len(fields.get("depths", [0] * 4)))
-    return ConvNextConfig(**fields)
+    with configuration_errors(f"{what}: {folder / 'config.json'}"):
+        fields.setdefault("num_stages", len(fields.get("depths", [0] * 4)))
+        return ConvNextConfig(**fields)
 
 
-def image_settings_of(tower: Path, config: dict, tower_config: ConvNextConfig) -> dict:
-    """How pictures are prepared: `side` in pixels, `image_mean`, `image_std`, and what else the processor takes.
+def deduced_tower_config(shapes: Mapping[str, Sequence[int]], what: str) -> ConvNextConfig:
+    """The configuration of a ConvNeXt from the shapes of its weights; `image_size` says nothing then.
+
+    Args:
+        shapes: by the weights' names here, without what stands before them.
+        what: what it is, for messages.
+
+    Raises:
+        ConvLlavaError: they are not those of a ConvNeXt.
+    """
+    widths, blocks = {}, {}
+    for name, shape in shapes.items():
+        if match := re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.weight", name):
+            stage = int(match[1])
+            widths[stage], blocks[stage] = shape[0], max(blocks.get(stage, 0), int(match[2]) + 1)
+    stem = shapes.get("embeddings.patch_embeddings.weight")
+    stages = sorted(widths)
+    if stem is None or len(stem) != 4 or not stages or stages != list(range(len(stages))):
+        raise ConvLlavaError(
+            f"{what} is no ConvNeXt: it has no patch embedding and blocks in stages, but weights such as "
+            f"{', '.join(list(shapes)[:3])}."
+        )
+    scaled = any(name.endswith("layer_scale_parameter") for name in shapes)
+    return ConvNextConfig(
+        num_channels=stem[1],
+        patch_size=stem[2],
+        num_stages=len(stages),
+        depths=[blocks[stage] for stage in stages],
+        hidden_sizes=[widths[stage] for stage in stages],
+        layer_scale_init_value=1e-6 if scaled else 0.0,
+    )
+
+
+def image_settings_of(tower: Path, config: dict, stated_size: int | None) -> dict:
+    """How images are prepared: `side` in pixels, `image_mean`, `image_std`, and what else the processor takes.
 
     Args:
         tower: the tower's folder, with the preprocessor_config.json of a CLIPImageProcessor.
         config: the original's configuration, whose `mm_vision_resolution` overrides the preprocessor as it does there.
+        stated_size: `image_size` of the tower's config.json, in pixels.
+
+    Raises:
+        ConvLlavaError: the resolution stands in none of the three.
     """
     path = tower / "preprocessor_config.json"
-    if path.is_file():
-        preprocessor = read_json(path, "The vision tower")
-    else:
-        logger.warning(
-            "%s is missing: taking CLIP's mean and std, and image_size=%s of the tower's config.json.",
-            path,
-            tower_config.image_size,
-        )
-        preprocessor = {"crop_size": tower_config.image_size}
+    preprocessor = read_json(path, "The vision tower") if path.is_file() else {}
     crop, resize = _square_side(preprocessor.get("crop_size"), path), _square_side(preprocessor.get("size"), path)
-    side = crop or resize or tower_config.image_size
+    side = crop or resize or stated_size
+    override = config.get("mm_vision_resolution") or 0
+    if not all(isinstance(value, int) for value in (override, side or 0)):
+        raise ConvLlavaError(
+            f"The tower's image_size is {stated_size!r} and config.json's mm_vision_resolution {override!r}; numbers "
+            "of pixels are expected."
+        )
+    if override > 256:  # as the original has it
+        side = override
+    if side is None:
+        raise ConvLlavaError(
+            f"The resolution of the vision tower is not known: {path} is missing, no config.json of the tower has an "
+            "image_size, and the checkpoint's config.json has no mm_vision_resolution above 256. Put the tower's "
+            "config.json and preprocessor_config.json into the checkpoint's folder vision_tower/, or name a folder "
+            "with --vision-tower."
+        )
+    if not preprocessor:
+        logger.warning("%s is missing: taking CLIP's mean and std, and images of %s pixels.", path, side)
     if crop and resize and crop != resize:
         logger.warning(
             "%s resizes to %s pixels and then crops to %s; the converted model resizes to %s and crops nothing.",
@@ -162,31 +203,34 @@ def image_settings_of(tower: Path, config: dict, tower_config: ConvNextConfig) -
             crop,
             side,
         )
-    override = config.get("mm_vision_resolution") or 0
-    if override > 256:  # as the original has it
-        side = override
     keys = ("image_mean", "image_std", "resample", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb")
     return {"side": side, **{key: preprocessor[key] for key in keys if preprocessor.get(key) is not None}}
-
-
-def tower_weights_folder(tower: Path) -> Path:
-    """`tower`, if there are weights in it.
-
-    Raises:
-        ConvLlavaError: there are none; the checkpoint's own shards held none either.
-    """
-    if not has_weights(tower):
-        raise ConvLlavaError(
-            f"No weights of the vision tower: neither the checkpoint's own files nor {tower} hold any. Pass the "
-            "tower's folder or id with --vision-tower."
-        )
-    return tower
 
 
 def _square_side(size, path: Path) -> int | None:
     if size is None or isinstance(size, int):
         return size
-    sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-    if len(sides) != 1:
+    keys = ("height", "width", "shortest_edge")
+    sides = [size[key] for key in keys if key in size] if isinstance(size, dict) else []
+    if not sides or not all(isinstance(side, int) and side == sides[0] for side in sides):
         raise ConvLlavaError(f"{path} has the size {size}; expected a square, since ConvLLaVA pads to one.")
-    return sides.pop()
+    return sides[0]
+
+
+@contextlib.contextmanager
+def configuration_errors(what: str) -> Iterator[None]:
+    """Says of values that transformers' or our classes cannot work with, where they come from.
+
+    Raises:
+        ConvLlavaError: the block met such a value.
+    """
+    try:
+        yield
+    except ConvLlavaError:
+        raise
+    except _CONFIGURATION_ERRORS as error:
+        message = " ".join(str(error).split())
+        raise ConvLlavaError(
+            f"{what} has values that describe no model ({type(error).__name__}: {message}). Download it again, or "
+            "correct them."
+        ) from error

@@ -1,14 +1,17 @@
 """Finding checkpoints and reading them tensor by tensor."""
 
+import contextlib
+import glob
 import json
+import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConvLlavaError, first_line
@@ -23,34 +26,89 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
-# Weights in other frameworks' formats are not read, so they are not downloaded.
-_DOWNLOADED = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin"]
+_SHARD = re.compile(r"(?!\.)[^/\\:\x00-\x1f]+\.(?:safetensors|bin)")
+# What is small in a repository; its weights are downloaded by name, and only those that are read.
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_HUB_ERRORS = (OSError, ValueError, HfHubHTTPError, HFValidationError)
 
 
-def locate(reference: str | Path, what: str) -> Path:
+class Unreachable(ConvLlavaError):
+    """A folder or repository that is not there, or not for us, or not now."""
+
+
+def locate(
+    reference: str | Path, what: str, weights: Sequence[str] = ("",), files: Sequence[str] = SMALL_FILES
+) -> Path:
     """The folder that `reference` names: a folder on disk, or a repository on the Hub, which is downloaded.
+
+    Of weights in both formats only the safetensors are downloaded.
 
     Args:
         reference: a path or a Hub id.
         what: what it is, for messages.
+        weights: the repository's folders of which the weights are wanted as well; `""` is the repository itself.
+        files: patterns of the other files that are wanted.
 
     Raises:
-        ConvLlavaError: neither a folder nor a repository that can be downloaded.
+        Unreachable: neither a folder nor a repository that can be downloaded.
+        ConvLlavaError: it is a file, or its weights cannot be downloaded.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(reference))
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ConvLlavaError(f"{what}: {path} is a file; expected the folder of a checkpoint or an id on the Hub.")
     if not _HUB_ID.fullmatch(str(reference)):
-        raise ConvLlavaError(f"{what}: there is no folder {path}. Give an existing folder or an id on the Hub.")
+        raise Unreachable(f"{what}: there is no folder {path}. Give an existing folder or an id on the Hub.")
     try:
-        return Path(snapshot_download(str(reference), allow_patterns=_DOWNLOADED))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise ConvLlavaError(
+        folder = Path(snapshot_download(str(reference), allow_patterns=list(files)))
+    except _HUB_ERRORS as error:
+        raise Unreachable(
             f"{what}: there is no folder {str(reference)!r}, and as an id on the Hub it cannot be downloaded: "
             f"{first_line(error)}"
         ) from error
+    for inner in weights:
+        _download_weights(str(reference), folder, inner, what)
+    return folder
+
+
+def _download_weights(repository: str, folder: Path, inner: str, what: str) -> None:
+    """Downloads the weights of a repository's folder into its snapshot, if it has any.
+
+    Args:
+        folder: the snapshot, which is called as its commit is.
+
+    Raises:
+        ConvLlavaError: there are some that cannot be downloaded, or the Hub cannot be asked whether there are.
+    """
+    unreachable = None
+    prefix = f"{inner}/" if inner else ""
+    for name in _WEIGHT_FILES:
+        try:
+            found = Path(hf_hub_download(repository, prefix + name, revision=folder.name))
+        except LocalEntryNotFoundError as error:
+            unreachable = error
+        except EntryNotFoundError:
+            continue
+        except _HUB_ERRORS as error:
+            raise ConvLlavaError(_not_downloaded(repository, prefix + name, what, error)) from error
+        else:
+            shards = _shard_names(found, what) if name.endswith(".index.json") else []
+            try:
+                if shards:
+                    patterns = [glob.escape(prefix + shard) for shard in shards]
+                    snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
+            except _HUB_ERRORS as error:
+                raise ConvLlavaError(_not_downloaded(repository, prefix + name, what, error)) from error
+            return
+    if unreachable is not None:
+        raise ConvLlavaError(
+            f"{what}: the Hub cannot be asked for the weights of {repository}: {first_line(unreachable)} Try again."
+        ) from unreachable
+
+
+def _not_downloaded(repository: str, name: str, what: str, error: BaseException) -> str:
+    return f"{what}: {repository} has {name}, but the weights cannot be downloaded: {first_line(error)}. Try again."
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -59,11 +117,11 @@ def read_json(path: Path, what: str) -> dict:
     Raises:
         ConvLlavaError: the file is missing or does not hold a JSON object.
     """
+    if not path.is_file():
+        raise ConvLlavaError(f"{what}: {path} is {'no ordinary file' if path.exists() else 'missing'}.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConvLlavaError(f"{what}: {path} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConvLlavaError(f"{what}: {path} is not JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ConvLlavaError(f"{what}: {path} holds no JSON object.")
@@ -110,9 +168,48 @@ class Weights:
             if wanted.intersection(self.shapes[file]):
                 yield from ((name, tensor) for name, tensor in _iterate(file, self.what) if name in wanted)
 
+    @contextlib.contextmanager
+    def open(self, file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+        """One of `files`, open: a function that reads a tensor by its name, in any order."""
+        if file.suffix != ".safetensors":
+            yield _load_pickle(file, self.what).__getitem__
+            return
+        with safe_open(file, framework="pt") as handle:
+            yield handle.get_tensor
+
 
 def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _WEIGHT_FILES)
+
+
+def indexed_weights(folder: Path, what: str) -> list[str] | None:
+    """Names of the weights by the index in a folder, without the shards; `None` where there is no index."""
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return list(_weight_map(folder / name, what)) if name.endswith(".index.json") else None
+    return None
+
+
+def _weight_map(index: Path, what: str) -> dict[str, str]:
+    """Which file holds each weight, by an index.
+
+    Raises:
+        ConvLlavaError: there is no map, or it names what does not lie beside it.
+    """
+    weight_map = read_json(index, what).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConvLlavaError(f"{what}: {index} has no weight_map.")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            raise ConvLlavaError(
+                f"{what}: {index} names the file {file!r}; expected a .safetensors or .bin file beside it. The index "
+                "is damaged, or made to read other files: download it again from a source that you trust."
+            )
+    return weight_map
+
+
+def _shard_names(index: Path, what: str) -> list[str]:
+    return list(dict.fromkeys(_weight_map(index, what).values()))
 
 
 def _weight_files(path: Path, what: str) -> list[Path]:
@@ -123,10 +220,7 @@ def _weight_files(path: Path, what: str) -> list[Path]:
             continue
         if not name.endswith(".index.json"):
             return [path / name]
-        index = read_json(path / name, what).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ConvLlavaError(f"{what}: {path / name} has no weight_map.")
-        files = [path / file for file in dict.fromkeys(index.values())]
+        files = [path / file for file in _shard_names(path / name, what)]
         if lacking := [file.name for file in files if not file.is_file()]:
             raise ConvLlavaError(
                 f"{what}: {name} names {len(files)} files, but {len(lacking)} are missing from {path}: "

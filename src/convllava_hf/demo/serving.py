@@ -13,7 +13,6 @@ from pathlib import Path
 
 from ..errors import ConvLlavaError
 from ..inference import Assistant, load
-from ..loading import check_checkpoint
 from .limits import Limits
 
 
@@ -51,7 +50,7 @@ def serve(
     """Load a model and show its page until the process is interrupted or terminated.
 
     Args:
-        model: folder of a checkpoint, or its id on the Hub.
+        model: folder of a checkpoint, or its id on the Hub, as `inference.load` takes it.
         host, port: where to listen; without a port, the first free one from 7860 on.
         max_new_tokens, temperature: where the page's settings stand at first.
         on_ready: called with the page's address once it answers.
@@ -60,7 +59,6 @@ def serve(
         ConvLlavaError: gradio is not installed, the checkpoint cannot be loaded, or the port is taken.
     """
     require_gradio()
-    check_checkpoint(model)
     assistant = load(model, device=device, dtype=dtype, quantization=quantization, tower=tower)
     name = Path(model).name if os.path.isdir(model) else model
     limits = limits or Limits()

@@ -60,7 +60,8 @@ class Settings:
 class Model:
     """The model that is asked: `source` is its folder or id, `load` loads it, which is left until there is a question.
 
-    `dtype`, `quantization`: in which it is loaded. `device`: as the record names it.
+    `dtype`, `quantization`: in which it is loaded. `device`: as the record names it. `checkpoint`: what is loaded, if
+    it is not `source` itself but its converted copy.
     """
 
     source: str
@@ -68,6 +69,7 @@ class Model:
     dtype: torch.dtype
     quantization: str | None = None
     device: str = "cpu"
+    checkpoint: str | None = None
 
 
 def describe_run(
@@ -95,7 +97,7 @@ def describe_run(
         "choice": settings.choice if benchmark.has_choices else None,
         "ocr_tokens": settings.ocr_tokens,
         "max_new_tokens": benchmark.max_new_tokens,
-        "model": {"name": portable_name(model.source), **_checkpoint_state(model.source)},
+        "model": {"name": portable_name(model.source), **_checkpoint_state(model.checkpoint or model.source)},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "pictures": {

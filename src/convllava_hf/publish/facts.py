@@ -54,6 +54,7 @@ _ABOUT_KEYS = {
     "biases": list,
 }
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "4 or 8 bits"}
+_PARTS = ("vision_tower", "language_model", "checkpoint")  # of a record's origin: what may be on the Hub
 _RESOLUTIONS = (768, 1024, 1536)
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 
@@ -187,13 +188,14 @@ def lineage(staged: Staged, about: About) -> dict[str, Any]:
     if not bases and staged.base_model:
         bases = [staged.base_model]
     if not bases:
-        candidates = [about.vision_tower, about.language_model, *origin.values()]
+        candidates = [about.vision_tower, about.language_model, *(origin.get(part) for part in _PARTS)]
         if not any(candidates) and started:
             candidates = [started]
         bases = [name for name in candidates if name and is_hub_id(name)]
     return {
         "base_models": list(dict.fromkeys(bases)),
         "vision_tower": about.vision_tower or origin.get("vision_tower"),
+        "tower_note": _tower_note(origin.get("vision_tower_choice")),
         "language_model": about.language_model or origin.get("language_model"),
         "checkpoint": origin.get("checkpoint"),
         "started_from": started,
@@ -201,6 +203,30 @@ def lineage(staged: Staged, about: About) -> dict[str, Any]:
         "stages": stages,
         "versions": record["stages"][-1].get("versions", {}) if stages else {},
     }
+
+
+def _tower_note(choice: Any) -> str | None:
+    """Which tower a converted checkpoint has and how it compares with the other one, as the card says it."""
+    if not isinstance(choice, dict):
+        return None
+    notes = {
+        "named": "the tower that the original runs",
+        "given": "a tower that the original's configuration does not name",
+        "shards": "the tower in the original's shards, which the original does not run",
+    }
+    note = next((note for taken, note in notes.items() if choice.get("taken") == taken), None)
+    if note is None:
+        return None
+    other = "that of the original's shards" if choice.get("taken") != "shards" else "the one that it runs"
+    tensors, differing = choice.get("tensors"), choice.get("differing")
+    if not isinstance(tensors, int) or not isinstance(differing, int):
+        return note
+    rounded = f" after rounding to {choice['rounded_to']}" if choice.get("rounded_to") in _DTYPES.values() else ""
+    if not differing:
+        return f"{note}; {other} is identical{rounded}"
+    largest = choice.get("largest")
+    most = f", by {largest:.3g} at most" if isinstance(largest, float) else ""
+    return f"{note}; {differing} of {tensors} tensors differ from {other}{rounded}{most}"
 
 
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
