@@ -44,7 +44,7 @@ def adapter_folder(checkpoint, tmp_path):
 
 def staged_in(tmp_path, source, **options):
     folder = tmp_path / "staged"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return stage(source, folder, **options)
 
 
@@ -93,10 +93,26 @@ def test_missing_code_is_completed_from_the_package(model_folder, checkpoint, tm
         assert (staged.folder / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_checkpoints_own_code_is_kept_where_it_is_complete(model_folder, tmp_path):
+def test_changed_code_is_replaced_unless_it_is_trusted(model_folder, checkpoint, tmp_path, caplog):
     path = model_folder / "modeling_convllava.py"
     path.write_text(path.read_text() + "\n# Changed.\n")
-    assert (staged_in(tmp_path, model_folder).folder / path.name).read_text() == path.read_text()
+    ours = staged_in(tmp_path / "ours", model_folder).folder / path.name
+    assert ours.read_bytes() == (checkpoint / path.name).read_bytes()
+    assert "modeling_convllava.py" in caplog.text and "--trust-remote-code" in caplog.text
+    theirs = staged_in(tmp_path / "theirs", model_folder, trust_remote_code=True).folder / path.name
+    assert theirs.read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_code_of_others_is_published_only_where_it_is_trusted(name, model_folder, tmp_path):
+    (model_folder / "evil.py").write_text("raise SystemExit(3)\n")
+    content = json.loads((model_folder / name).read_text())
+    reference = [None, "someone/else--evil.Evil"] if name == "tokenizer_config.json" else "someone/else--evil.Evil"
+    content["auto_map"] = {**content.get("auto_map", {}), "AutoTokenizer": reference}
+    (model_folder / name).write_text(json.dumps(content))
+    with pytest.raises(ConvLlavaError, match=r"evil\.py.*--trust-remote-code"):
+        staged_in(tmp_path / "refused", model_folder)
+    assert "evil.py" in staged_in(tmp_path / "trusted", model_folder, trust_remote_code=True).names()
 
 
 @pytest.mark.parametrize(

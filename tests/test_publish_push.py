@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ask, make_picture
 from fresh_process import ANSWERS, fresh_environment, run_fresh
+from hostile import Hostile, own_code, tokenizer
 from PIL import Image
 from publishing import own_hub
 
@@ -56,7 +57,7 @@ def unasked(monkeypatch):
     """The model is not loaded for the check: for tests of what happens around it."""
     module = sys.modules["convllava_hf.publish.push"]
     monkeypatch.setattr(
-        module, "ask_as_a_stranger", lambda staged, shown, token=None: ["A sign."] * max(1, len(shown))
+        module, "ask_as_a_stranger", lambda staged, shown, token=None, trust=False: ["A sign."] * max(1, len(shown))
     )
 
 
@@ -133,6 +134,9 @@ def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, picture, tmp
     from transformers import AutoModelForImageTextToText
 
     push(checkpoint, "user/base", about=MIT)
+    code = hub.files("user/base")["modeling_convllava.py"]
+    traced = f"open({str(tmp_path / 'RAN')!r}, 'a').write('base')\n".encode() + code
+    hub.commit("user/base", "main", {"modeling_convllava.py": traced}, [], title="By somebody else")
     config = peft.LoraConfig(
         r=4,
         target_modules=r".*language_model.*\.(q|v)_proj",
@@ -150,6 +154,7 @@ def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, picture, tmp
         push(folder, REPO, about=MIT)
     pushed = push(folder, REPO, about=MIT, base_model="user/base", examples=[(picture, QUESTION)])
     assert "adapter_model.safetensors" in pushed.files and "model.safetensors" not in pushed.files
+    assert not (tmp_path / "RAN").exists()  # the base model's repository is not ours
     inputs = processor.apply_chat_template(
         ask(QUESTION, str(picture)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -219,6 +224,18 @@ def test_an_upload_that_was_killed_is_repeated(hub, wide_checkpoint, checkpoint,
     assert len(shards) > len(arrived) and len(hub.uploads) == len(set(hub.uploads)) == len(shards)
 
 
+def test_a_checkpoint_s_own_code_is_not_run(hub, checkpoint, tmp_path):
+    one = Hostile(tmp_path / "model", checkpoint, tmp_path / "RAN")
+    own_code(one)
+    pushed = push(one.folder, REPO, about=MIT, dry_run=True)
+    assert one.ran == "" and pushed.files
+    push(one.folder, REPO, about=MIT, dry_run=True, trust_remote_code=True)
+    assert "modeling_convllava" in one.ran
+    tokenizer(one)
+    with pytest.raises(ConvLlavaError, match=r"evil_tokenizer\.py.*--trust-remote-code"):
+        push(one.folder, REPO, about=MIT, dry_run=True)
+
+
 def _break(folder, name, old, new):
     text = (folder / name).read_text()
     assert old in text
@@ -238,7 +255,7 @@ def test_a_model_that_a_stranger_cannot_use_is_not_published(hub, checkpoint, tm
     shutil.copytree(checkpoint, folder)
     damage(folder)
     with pytest.raises(ConvLlavaError, match=f"Not published, since in a fresh process.*{message}"):
-        push(folder, REPO, about=MIT)
+        push(folder, REPO, about=MIT, trust_remote_code=True)  # so that changed code is not replaced
     assert REPO not in hub.commits and not hub.uploads
 
 

@@ -200,7 +200,7 @@ def test_trl_s_own_command_takes_the_recipe(converted_checkpoint, tmp_path):
         "learning_rate": 1e-2,
     }
     trl = Path(sys.executable).with_name("trl")
-    line = ["sft", "--config", RECIPES / "lora.yaml", *options(**values)]
+    line = ["sft", "--config", RECIPES / "lora.yaml", *options(**values, trust_remote_code="true")]
     with Started([trl, *line], tmp_path / "process", ACCELERATE_USE_CPU="true") as started:
         told = started.succeed(timeout=180)
     assert told.count("'loss':") == 2

@@ -4,9 +4,11 @@
 class ConvLlavaError(ValueError):
     """What was asked for cannot be done, and the message says why and what to do instead.
 
-    The command line shows the message as one line without a traceback and exits with code 2. Being a `ValueError`,
-    it is caught by code that already handles transformers' own complaints.
+    The command line shows the message as one line without a traceback and exits with `exit_code`. Being a
+    `ValueError`, it is caught by code that already handles transformers' own complaints.
     """
+
+    exit_code = 2
 
 
 def first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@
 
 import inspect
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
@@ -35,6 +36,7 @@ from .memory import Glance, Memory
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
+from .trust import from_checkpoint, pickled_code
 
 
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
@@ -311,6 +313,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
     tower: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Assistant:
     """Load a ConvLLaVA checkpoint for inference.
 
@@ -321,12 +324,14 @@ def load(
         dtype: a torch dtype or its name; default: what `loading.choose_dtype` says of the device.
         quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
         tower: how the vision tower runs, one of `fast_tower.TOWERS`; default: what `choose_tower` says.
+        trust_remote_code: whether Python code that comes with the checkpoint may run where it names classes that are
+            not this package's. It can do whatever you can.
 
     Raises:
         ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
             quantization asked for is not there.
     """
-    kind = kind_of_checkpoint(source)
+    kind = kind_of_checkpoint(source, trust_remote_code=trust_remote_code)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
     chosen = choose_tower(device, dtype, tower)
@@ -335,9 +340,17 @@ def load(
         options["quantization_config"] = quantization_config(quantization, dtype)
     if kind == ORIGINAL:
         source = _converted(source)
-    processor = load_processor(source)
+    processor = load_processor(source, trust_remote_code=trust_remote_code)
     try:
-        model, info = ConvLlavaForConditionalGeneration.from_pretrained(source, **options)
+        model, info = from_checkpoint(
+            ConvLlavaForConditionalGeneration,
+            AutoModelForImageTextToText,
+            source,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except pickle.UnpicklingError as error:
+        raise ConvLlavaError(pickled_code(source)) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import BitsAndBytesConfig
+from jinja2 import TemplateError
+from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
 from .errors import ConvLlavaError, first_line
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.processing_convllava import ConvLlavaProcessor
+from .trust import check_config_code, explain_refusal, from_checkpoint, warn_of_foreign_code
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -22,45 +24,76 @@ QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def load_processor(source: str | os.PathLike) -> ConvLlavaProcessor:
+def load_processor(
+    source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> ConvLlavaProcessor:
     """The processor of a checkpoint, which takes no weights to be read.
 
+    Args:
+        revision: of a checkpoint on the Hub.
+        trust_remote_code: whether the checkpoint's own code may run, see `trust`.
+
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint, or the processor's files are missing or broken.
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint, the processor's files are missing or broken, or it needs
+            code that may not run.
     """
-    check_checkpoint(source)
+    check_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
     _check_processor_files(source)
+    options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     try:
-        return ConvLlavaProcessor.from_pretrained(source)
+        processor = from_checkpoint(ConvLlavaProcessor, AutoProcessor, source, **options)
     except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
+        if not trust_remote_code and (reason := explain_refusal(error, source, revision)):
+            raise ConvLlavaError(reason) from error
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
+    _check_template(source, processor)
+    if not trust_remote_code:
+        warn_of_foreign_code(source, revision)
+    return processor
 
 
-def check_checkpoint(source: str | os.PathLike) -> None:
+def _check_template(source: str | os.PathLike, processor: ConvLlavaProcessor) -> None:
+    """Refuses a chat template that cannot say one question, or that tries to leave jinja's sandbox."""
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    try:
+        processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ConvLlavaError(
+            f"The chat template of {os.fspath(source)!r} cannot be used: {first_line(error)}"
+        ) from error
+
+
+def check_checkpoint(
+    source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
     """Look at config.json alone, before anything large is read, and refuse what is not in transformers' layout.
 
     Whoever only asks a model takes original checkpoints as well: see `convert.cache.converted_checkpoint`.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint, or one of the original code; the message says what it is.
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint, is one of the original code, or asks for code that may not
+            run; the message says so.
     """
-    if kind_of_checkpoint(source) == ORIGINAL:
+    if kind_of_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code) == ORIGINAL:
         raise ConvLlavaError(
             f"{os.fspath(source)!r} is a checkpoint in the layout of the original code. Convert it first: "
             f"convllava convert {os.fspath(source)} OUT"
         )
 
 
-def kind_of_checkpoint(source: str | os.PathLike) -> str:
+def kind_of_checkpoint(
+    source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> str:
     """`CONVERTED` or `ORIGINAL`: whether a checkpoint is in transformers' layout or in that of the original code.
 
     Raises:
-        ConvLlavaError: `source` is neither; the message says what it is.
+        ConvLlavaError: `source` is neither, or asks for code that may not run; the message says so.
     """
     name = os.fspath(source)
-    config = _read_config(name)
+    config = _read_config(name, revision)
     model_type = config.get("model_type")
     if model_type == ConvLlavaConfig.model_type:
+        check_config_code(name, config, trust_remote_code)
         return CONVERTED
     if "mm_vision_tower" in config:
         return ORIGINAL
@@ -80,7 +113,7 @@ def _check_processor_files(source: str | os.PathLike) -> None:
         )
 
 
-def _read_config(name: str) -> dict[str, Any]:
+def _read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     path = Path(name)
     if path.is_file():
         raise ConvLlavaError(f"{name!r} is a file, and the folder of a checkpoint is expected.")
@@ -89,7 +122,7 @@ def _read_config(name: str) -> dict[str, Any]:
         if not config_file.is_file():
             raise ConvLlavaError(f"{name!r} is no checkpoint: the folder holds no config.json.")
     else:
-        config_file = _fetch_config(name)
+        config_file = _fetch_config(name, revision)
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -99,7 +132,7 @@ def _read_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _fetch_config(name: str) -> str:
+def _fetch_config(name: str, revision: str | None = None) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -109,7 +142,7 @@ def _fetch_config(name: str) -> str:
     if not repo_like:
         raise ConvLlavaError(f"There is no folder {name!r}, and it is no model's id on the Hub (owner/name) either.")
     try:
-        return cached_file(name, "config.json")
+        return cached_file(name, "config.json", revision=revision)
     except OSError as error:
         raise ConvLlavaError(
             f"There is no folder {name!r}, and no model of that id could be read from the Hub: {first_line(error)}"

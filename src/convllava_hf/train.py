@@ -1,25 +1,30 @@
 """Trains a ConvLLaVA from a recipe: `accelerate launch -m convllava_hf.train --config recipes/...yaml`."""
 
 import logging
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
-from transformers import AutoProcessor, TrainerCallback
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from . import AutoModelForVision2Seq
 from .data import load_training_data
-from .errors import ConvLlavaError
+from .errors import ConvLlavaError, first_line
+from .loading import check_checkpoint, load_processor
+from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .picture_options import with_picture_options
 from .training.arguments import LORA_TARGETS, DataArguments, TrainingArguments, check_arguments, make_parser
 from .training.checkpoints import fault_of_checkpoint, last_whole_checkpoint
+from .training.checks import check_model
 from .training.curve import save_loss_curve
+from .training.disk import checkpoint_bytes, telling_of_full_disk
 from .training.record import save_training_record
 from .training.trainable import format_table, set_trainable, trainable_table
 from .training.trainer import ConvLlavaTrainer
+from .trust import from_checkpoint, pickled_code
 
 
 logger = logging.getLogger(__name__)
@@ -37,17 +42,9 @@ def main(
     Raises:
         ConvLlavaError: the recipe asks for what cannot work.
     """
-    try:
-        parsed = make_parser(prog="convllava train").parse_args_and_config(arguments)
-    except FileNotFoundError as error:
-        raise ConvLlavaError(f"There is no recipe at {error.filename!r}: check --config.") from error
-    except ConvLlavaError:
-        raise
-    except IndexError as error:
-        raise ConvLlavaError("--config needs the path of a recipe.") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConvLlavaError(f"The recipe cannot be used: {error}") from error
-    return train(*parsed, callbacks=callbacks)
+    data, training, model_config = make_parser(prog="convllava train").parse_args_and_config(arguments)
+    with telling_of_full_disk(training.output_dir):  # the data sets' caches and logs are written as well
+        return train(data, training, model_config, callbacks=callbacks)
 
 
 def train(
@@ -59,9 +56,14 @@ def train(
     """Loads, chooses what trains, trains, and saves a checkpoint that the next stage loads."""
     check_arguments(data, training, model_config)
     resume = _checkpoint_to_resume(training)
-    processor = AutoProcessor.from_pretrained(
-        model_config.model_name_or_path, revision=model_config.model_revision, trust_remote_code=True
-    )
+    if resume is not None and not training.trust_remote_code:
+        _check_pickles(Path(resume), Path(training.output_dir))
+    source = {"revision": model_config.model_revision, "trust_remote_code": training.trust_remote_code}
+    check_checkpoint(model_config.model_name_or_path, **source)
+    if model_config.use_peft and model_config.lora_target_modules is None:
+        model_config.lora_target_modules = LORA_TARGETS
+    check_model(training, model_config)
+    processor = load_processor(model_config.model_name_or_path, **source)
     processor = with_picture_options(processor, data.pictures)
     dataset = load_training_data(
         data.dataset_name,
@@ -72,22 +74,26 @@ def train(
         datasets=data.datasets,
         seed=training.seed,
     )
-    model = _load_model(model_config)
+    model = _load_model(model_config, training.trust_remote_code)
     if not model_config.use_peft:
         set_trainable(model, training.trainable)
-    elif model_config.lora_target_modules is None:
-        model_config.lora_target_modules = LORA_TARGETS
-    trainer = ConvLlavaTrainer(
-        model=model,
-        args=training,
-        train_dataset=dataset,
-        eval_dataset=_evaluation_data(data, training),
-        processing_class=processor,
-        callbacks=list(callbacks or ()) or None,
-        peft_config=get_peft_config(model_config),
-        on_bad_picture=data.on_bad_picture,
-        max_bad_pictures=data.max_bad_pictures,
-    )
+    evaluation = _evaluation_data(data, training)
+    try:
+        trainer = ConvLlavaTrainer(
+            model=model,
+            args=training,
+            train_dataset=dataset,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            callbacks=list(callbacks or ()) or None,
+            peft_config=get_peft_config(model_config),
+            on_bad_picture=data.on_bad_picture,
+            max_bad_pictures=data.max_bad_pictures,
+        )
+    except (ImportError, OSError, ValueError) as error:  # of settings that only TRL and transformers know
+        if isinstance(error, ConvLlavaError):
+            raise
+        raise ConvLlavaError(f"The trainer cannot be set up as the recipe says: {first_line(error)}") from error
     if training.merge_adapter and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ConvLlavaError(
             "merge_adapter does not work with sharded parameters (FSDP, DeepSpeed): leave it out, and merge the saved "
@@ -95,7 +101,12 @@ def train(
         )
     if trainer.is_world_process_zero():
         logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except pickle.UnpicklingError as error:
+        if resume is None:
+            raise
+        raise ConvLlavaError(pickled_code(resume)) from error
     _save(trainer, data, training, model_config)
     return trainer
 
@@ -113,15 +124,25 @@ def _evaluation_data(data: DataArguments, training: TrainingArguments):
     )
 
 
-def _load_model(model_config: ModelConfig):
+def _load_model(model_config: ModelConfig, trust_remote_code: bool):
     dtype = model_config.dtype if model_config.dtype in (None, "auto") else getattr(torch, model_config.dtype)
-    return AutoModelForVision2Seq.from_pretrained(
-        model_config.model_name_or_path,
-        revision=model_config.model_revision,
-        attn_implementation=model_config.attn_implementation,
-        dtype=dtype or torch.float32,
-        quantization_config=get_quantization_config(model_config),
-    )
+    try:
+        return from_checkpoint(
+            ConvLlavaForConditionalGeneration,
+            AutoModelForImageTextToText,
+            model_config.model_name_or_path,
+            trust_remote_code=trust_remote_code,
+            revision=model_config.model_revision,
+            attn_implementation=model_config.attn_implementation,
+            dtype=dtype or torch.float32,
+            quantization_config=get_quantization_config(model_config),
+        )
+    except pickle.UnpicklingError as error:
+        raise ConvLlavaError(pickled_code(model_config.model_name_or_path)) from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConvLlavaError(
+            f"Cannot load the checkpoint {model_config.model_name_or_path!r}: {first_line(error)}"
+        ) from error
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
@@ -154,6 +175,26 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return str(found) if found else None
 
 
+def _check_pickles(checkpoint: Path, output: Path) -> None:
+    """Refuses states that are read by way of pickles, which can run code, unless this run's own folder holds them.
+
+    What the trainer itself writes is read as tensors and numbers alone, or not at all.
+
+    Raises:
+        ConvLlavaError: names what holds such states.
+    """
+    pickled = [
+        *checkpoint.rglob("*_0/.metadata"),
+        *(path for path in checkpoint.glob("global_step*") if path.is_dir()),
+    ]
+    if pickled and output.resolve() not in checkpoint.resolve().parents:
+        raise ConvLlavaError(
+            f"{checkpoint} holds {pickled[0].relative_to(checkpoint)}, states of FSDP or DeepSpeed that can run code "
+            "when they are read, and lies outside output_dir. Go on in the folder that it was saved in, or, if you "
+            "trust whoever made it, give --trust_remote_code true."
+        )
+
+
 def _save(
     trainer: ConvLlavaTrainer, data: DataArguments, training: TrainingArguments, model_config: ModelConfig
 ) -> None:
@@ -167,7 +208,8 @@ def _save(
         if training.merge_adapter:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             folder = Path(training.output_dir) / "merged"
-            merged.save_pretrained(folder)
+            with telling_of_full_disk(folder, lambda: checkpoint_bytes(merged, adapter=False, states=False)):
+                merged.save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
             folders.append(folder)
         for folder in folders:
@@ -180,4 +222,5 @@ if __name__ == "__main__":
     try:
         main().end()  # closes trackers and the process group
     except ConvLlavaError as error:
-        sys.exit(f"convllava: error: {error}")
+        sys.stderr.write(f"convllava: error: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)

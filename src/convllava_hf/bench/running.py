@@ -34,6 +34,7 @@ def bench(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a checkpoint, or without one random weights of the paper's tower and a language model of size `text`.
 
@@ -43,6 +44,7 @@ def bench(
             first. Default: what `choose_tower` says.
         new_tokens: over which tokens a second are measured.
         batch: pictures in one call of the tower.
+        device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
 
     Returns:
         `machine`, `limits` (operations and bytes a second), and rows in `tower`, `answers` and `preparing`.
@@ -60,7 +62,7 @@ def bench(
     if source is None:
         model, processor = random_model(text, device, dtype), ConvLlavaImageProcessor()
     else:
-        assistant = load(source, device, dtype, quantization, tower="eager")
+        assistant = load(source, device, dtype, quantization, tower="eager", trust_remote_code=trust_remote_code)
         model, processor = assistant.model, assistant.processor.image_processor
     for height, width in sizes:
         model.config.num_visual_tokens(height, width)  # refuses sizes that the tower cannot take

@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except ConvLlavaError as error:
-        return _complain(str(error))
+        return _complain(str(error), error.exit_code)
     except OSError as error:
         if not isinstance(error, _FILE_ERRORS) and error.errno not in _STORAGE_ERRNOS:
             raise
         return _complain(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = EXIT_USER_ERROR) -> int:
     print("convllava: error:", " ".join(message.split()), file=sys.stderr)
-    return EXIT_USER_ERROR
+    return code

@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> int:
     from ..picture_options import check_picture_options
 
     # All that can be refused is refused before the weights are read.
-    kind_of_checkpoint(args.model)
+    kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     messages = [system_turn(args.system)] if args.system else []
     messages.append(user_turn(args.question, [open_picture(args.image)]))
-    checkpoint = converted_checkpoint(args.model)
+    checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     check_picture_options(checkpoint, picture_options(args))
     assistant = load_assistant(args, checkpoint)
     answer = assistant.answer(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import DTYPES, MODEL_HELP, TOWERS, positive_int, quiet_unless_watched
+from .common import DTYPES, MODEL_HELP, TOWERS, add_trust_argument, positive_int, quiet_unless_watched
 
 
 def register(subparsers) -> None:
@@ -54,6 +54,7 @@ def register(subparsers) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as in `convllava ask`")
     parser.add_argument("--quantization", choices=("4bit", "8bit"), help="of a checkpoint's language model")
+    add_trust_argument(parser)
     parser.add_argument("--output", metavar="FILE", help="also write all figures as JSON")
     parser.set_defaults(run=run)
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             quantization=args.quantization,
+            trust_remote_code=args.trust_remote_code,
         )
     except ValueError as error:  # a size that the tower cannot take
         raise ConvLlavaError(str(error)) from error

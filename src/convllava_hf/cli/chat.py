@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from ..loading import kind_of_checkpoint
     from ..picture_options import check_picture_options
 
-    kind_of_checkpoint(args.model)
+    kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     pictures = [open_picture(args.image)] if args.image else []
-    checkpoint = converted_checkpoint(args.model)
+    checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     check_picture_options(checkpoint, picture_options(args))
     chat = Chat(load_assistant(args, checkpoint), args, pictures)
     for line in _lines():

@@ -53,6 +53,16 @@ def add_loading_arguments(parser) -> None:
         choices=TOWERS,
         help="how the vision tower runs (default: fused on a CPU with bfloat16, else eager)",
     )
+    add_trust_argument(parser)
+
+
+def add_trust_argument(parser) -> None:
+    """The option by which code of a checkpoint may run; without it none does."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the checkpoint, where it names classes that are not this package's",
+    )
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +115,14 @@ def load_assistant(args: argparse.Namespace, checkpoint: str | None = None):
     errors_alone()
     from ..inference import load
 
-    options = {"dtype": args.dtype, "quantization": args.quantization, "tower": args.tower}
-    return load(checkpoint or args.model, device=args.device, **options)
+    return load(
+        checkpoint or args.model,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        tower=args.tower,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def require_training() -> None:

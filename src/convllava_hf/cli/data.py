@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from .common import add_picture_arguments, picture_options, positive_int, quiet_unless_watched
+from .common import add_picture_arguments, add_trust_argument, picture_options, positive_int, quiet_unless_watched
 
 
 def register(subparsers) -> None:
@@ -48,6 +48,7 @@ def _register_check(commands) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     add_picture_arguments(parser)
+    add_trust_argument(parser)
     parser.set_defaults(run=run_check)
 
 
@@ -65,6 +66,7 @@ def _register_inspect(commands) -> None:
         "--save", metavar="PNG", help="write the picture as the model sees it, further ones as NAME-2.png and so on"
     )
     add_picture_arguments(parser)
+    add_trust_argument(parser)
     parser.set_defaults(run=run_inspect)
 
 
@@ -94,6 +96,7 @@ def run_check(args: argparse.Namespace) -> int:
         examples=args.examples,
         pictures=picture_options(args),
         progress=sys.stderr.isatty(),
+        trust_remote_code=args.trust_remote_code,
     )
     if args.json:
         print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **report.as_dict()}))
@@ -108,7 +111,14 @@ def run_inspect(args: argparse.Namespace) -> int:
     _be_quiet()
     pictures = picture_options(args)
     seen = inspect_sample(
-        args.file, args.images, args.index, args.model, split=args.split, name=args.name, pictures=pictures
+        args.file,
+        args.images,
+        args.index,
+        args.model,
+        split=args.split,
+        name=args.name,
+        pictures=pictures,
+        trust_remote_code=args.trust_remote_code,
     )
     paths = save_pictures(seen, args.save) if args.save else []
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

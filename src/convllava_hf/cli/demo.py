@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         tower=args.tower,
+        trust_remote_code=args.trust_remote_code,
         open_browser=args.open,
         on_ready=lambda url: print(f"The page of {args.model}: {url}\nCtrl-C ends it.", flush=True),
     )

@@ -111,8 +111,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _be_quiet()
-    checkpoint = converted_checkpoint(args.model)
-    processor = load_processor(checkpoint)
+    checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+    processor = load_processor(checkpoint, trust_remote_code=args.trust_remote_code)
     state = join_processes(args.device)
     if args.device is None and state.num_processes > 1:
         args.device = str(state.device)

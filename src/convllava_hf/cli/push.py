@@ -37,6 +37,11 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of files of weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run and publish Python code of the checkpoint that is not this package's",
+    )
     hub = parser.add_argument_group("the repository")
     hub.add_argument("--private", action="store_true", help="make a new repository private")
     hub.add_argument("--revision", default="main", metavar="BRANCH", help="made if not there (default: %(default)s)")
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         token=args.token,
         space=None if args.space is None else args.space or args.repo_id,
         max_shard_size=args.max_shard_size,
+        trust_remote_code=args.trust_remote_code,
     )
     _report(pushed, args)
     return 0

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
 from ..record import write_record
+from ..trust import foreign_code
 from . import layout
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
 from .reading import Weights, locate
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _WHAT = "The language model"
 _SHARD_SIZE = "2GB"
+_NO_CODE = {"trust_remote_code": False}  # said outright: transformers would ask on a terminal
 # Settings by which some language models change the logits after their head in ways that ours does not know, with the
 # values that change nothing.
 _LOGIT_SETTINGS = {"lm_head_multiplier": (None, 1.0)}
@@ -169,12 +171,13 @@ def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
 def _read_language_model(folder: Path) -> tuple[PretrainedConfig, Weights | StateDict, Table]:
     """A causal language model's config, its weights, and the table that reads them."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **_NO_CODE)
         with torch.device("meta"):
-            model, base = AutoModelForCausalLM.from_config(config), AutoModel.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **_NO_CODE)
+            base = AutoModel.from_config(config, **_NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ConvLlavaError(
-            f"{_WHAT}: {folder} holds no causal language model of transformers ({first_line(error)})."
+            f"{_WHAT}: {folder} holds no causal language model of transformers ({_why(error, folder)})."
         ) from error
     for key, neutral in _LOGIT_SETTINGS.items():
         if (value := getattr(config, key, None)) not in neutral:
@@ -200,19 +203,28 @@ def _load_whole(folder: Path, names: set[str]) -> StateDict:
     Needs memory for all of them, so it is the second choice.
     """
     logger.info("The files in %s are in another layout than the model; loading it as a whole.", folder)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **_NO_CODE)
     if lacking := sorted(names.intersection(info["missing_keys"])):
         raise ConvLlavaError(f"{_WHAT}: {folder} lacks {len(lacking)} weights: {', '.join(lacking)}.")
     return StateDict(model.state_dict())
+
+
+def _why(error: Exception, folder: Path) -> str:
+    """What went wrong; where the folder brings code, that this is not run: what is made of it has none."""
+    if "trust_remote_code" in str(error) and (code := foreign_code(folder)):
+        return f"it needs code of its own, {'; '.join(code)}, which is not run: choose one that transformers has"
+    return first_line(error)
 
 
 def _read_tokenizer(folder: Path):
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         return load_original_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **_NO_CODE)
     except (OSError, ValueError, KeyError) as error:
-        raise ConvLlavaError(f"{_WHAT}: the tokenizer in {folder} cannot be loaded ({first_line(error)}).") from error
+        raise ConvLlavaError(
+            f"{_WHAT}: the tokenizer in {folder} cannot be loaded ({_why(error, folder)})."
+        ) from error
     if not tokenizer.is_fast:
         raise ConvLlavaError(f"{_WHAT}: {folder} has only a slow tokenizer; ConvLLaVA needs a tokenizer.json.")
     if tokenizer.pad_token is None:

@@ -37,7 +37,7 @@ _FULL_OR_CLOSED = {
 _CHECKPOINT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt"}
 
 
-def converted_checkpoint(source: str | os.PathLike) -> str:
+def converted_checkpoint(source: str | os.PathLike, *, trust_remote_code: bool = False) -> str:
     """The checkpoint to load for `source`: itself, or of an original checkpoint its copy in transformers' layout.
 
     The copy is made the first time, which takes minutes for a model of 7 B parameters and as much space as the
@@ -45,12 +45,13 @@ def converted_checkpoint(source: str | os.PathLike) -> str:
 
     Args:
         source: folder or Hub id of a checkpoint, in transformers' layout or in that of the original code.
+        trust_remote_code: whether the checkpoint's own code may run, see `trust`.
 
     Raises:
         ConvLlavaError: it is no checkpoint of either kind, it cannot be converted, or the cache cannot be written.
     """
     name = os.fspath(source)
-    if kind_of_checkpoint(name) != ORIGINAL:
+    if kind_of_checkpoint(name, trust_remote_code=trust_remote_code) != ORIGINAL:
         return name
     folder = cache_folder() / _cached_name(name)
     if not _is_there(folder):

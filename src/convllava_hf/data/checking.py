@@ -108,6 +108,7 @@ def check_data(
     examples: int = 3,
     pictures: Mapping[str, Any] | None = None,
     progress: bool = False,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Checks every sample and decodes every picture of a data set.
 
@@ -119,12 +120,18 @@ def check_data(
         examples: problems of a kind that are kept; all are counted.
         pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`; needs `model`.
         progress: show a bar on standard error.
+        trust_remote_code: whether code that comes with `model` may run, see `trust`.
 
     Raises:
         ConvLlavaError: there is no such data set, folder or model. What is wrong with the data is in the report.
     """
     records, _ = open_records(path, split=split, name=name)
-    checker = (picture_folder(path, image_folder), load_processor(model, pictures), max_length, examples)
+    checker = (
+        picture_folder(path, image_folder),
+        load_processor(model, pictures, trust_remote_code),
+        max_length,
+        examples,
+    )
     report = Report(examples, tokens=None if model is None else Tokens())
     broken: list[BrokenFileError] = []
     by_bytes = isinstance(records, SampleFile)
@@ -197,13 +204,14 @@ def _cpus() -> int:
     return min(cpus, MOST_WORKERS)
 
 
-def load_processor(model: str | os.PathLike | None, pictures: Mapping[str, Any] | None = None) -> Any:
+def load_processor(
+    model: str | os.PathLike | None, pictures: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any:
     if model is None:
         if pictures:
             raise ConvLlavaError(f"{', '.join(pictures)} say how a model sees pictures: name a model as well.")
         return None
-    from ..loading import check_checkpoint
-    from ..modeling.processing_convllava import ConvLlavaProcessor
+    from .. import loading
 
-    check_checkpoint(model)
-    return with_picture_options(ConvLlavaProcessor.from_pretrained(model), pictures or {})
+    processor = loading.load_processor(model, trust_remote_code=trust_remote_code)
+    return with_picture_options(processor, pictures or {})

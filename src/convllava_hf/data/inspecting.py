@@ -66,6 +66,7 @@ def inspect_sample(
     split: str = "train",
     name: str | None = None,
     pictures: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Renders, tokenizes and preprocesses one sample as training does.
 
@@ -74,6 +75,7 @@ def inspect_sample(
         index: of the sample in the file, from 0.
         model: folder or Hub id of a checkpoint.
         pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`.
+        trust_remote_code: whether code that comes with `model` may run, see `trust`.
 
     Raises:
         ConvLlavaError: there is no such data set, sample or model, or the sample is not as it should be.
@@ -87,7 +89,7 @@ def inspect_sample(
         references = [located(picture, folder) for picture in sample["images"]]
     except SampleError as error:
         raise ConvLlavaError(f"Sample {index}: {error}") from error
-    processor = load_processor(model, pictures)
+    processor = load_processor(model, pictures, trust_remote_code)
     try:
         opened = [processor.image_processor.fetch_images(reference) for reference in references]
     except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF

@@ -44,6 +44,7 @@ def serve(
     dtype: str | None = None,
     quantization: str | None = None,
     tower: str | None = None,
+    trust_remote_code: bool = False,
     open_browser: bool = False,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -52,6 +53,7 @@ def serve(
     Args:
         model: folder of a checkpoint, or its id on the Hub, as `inference.load` takes it.
         host, port: where to listen; without a port, the first free one from 7860 on.
+        device, dtype, quantization, tower, trust_remote_code: see `convllava_hf.inference.load`.
         max_new_tokens, temperature: where the page's settings stand at first.
         on_ready: called with the page's address once it answers.
 
@@ -59,7 +61,14 @@ def serve(
         ConvLlavaError: gradio is not installed, the checkpoint cannot be loaded, or the port is taken.
     """
     require_gradio()
-    assistant = load(model, device=device, dtype=dtype, quantization=quantization, tower=tower)
+    assistant = load(
+        model,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        tower=tower,
+        trust_remote_code=trust_remote_code,
+    )
     name = Path(model).name if os.path.isdir(model) else model
     limits = limits or Limits()
     options = {"limits": limits, "max_new_tokens": max_new_tokens, "temperature": temperature, "system": system}

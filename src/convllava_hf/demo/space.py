@@ -21,6 +21,7 @@ _PACKAGE = (
     "fast_tower.py",
     "memory.py",
     "picture_options.py",
+    "trust.py",
 )
 _MODELING = (
     "__init__.py",

@@ -51,7 +51,7 @@ class _ConvLlava(lmms):
     Args:
         pretrained: folder of a checkpoint or its id on the Hub.
         batch_size: questions asked at once.
-        device, dtype, quantization: see `convllava_hf.inference.load`.
+        device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
         image_aspect_ratio, size, min_pixels, max_pixels, preset: how large pictures are seen, where not as the
             checkpoint says; see `ConvLlavaImageProcessor`.
 
@@ -71,6 +71,7 @@ class _ConvLlava(lmms):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         preset: str | None = None,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -88,7 +89,13 @@ class _ConvLlava(lmms):
             "preset": preset,
         }
         dtype = None if dtype == "auto" else dtype
-        assistant = load(pretrained, device=device, dtype=dtype, quantization=quantization)
+        assistant = load(
+            pretrained,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+        )
         self._assistant = replace(assistant, processor=with_picture_options(assistant.processor, pictures))
         self._device = self._assistant.device
 

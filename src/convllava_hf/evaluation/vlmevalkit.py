@@ -38,7 +38,7 @@ class ConvLlava(BaseModel):
         max_new_tokens: an answer ends there if the model has not ended it before.
         pictures: how large they are seen, where not as the checkpoint says: arguments of `ConvLlavaImageProcessor`,
             such as `{"preset": "large"}`.
-        device, dtype, quantization: see `convllava_hf.inference.load`.
+        device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
 
     Raises:
         ConvLlavaError: the checkpoint cannot be loaded.
@@ -56,9 +56,16 @@ class ConvLlava(BaseModel):
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
-        assistant = load(model_path, device=device, dtype=dtype, quantization=quantization)
+        assistant = load(
+            model_path,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+        )
         self.assistant = replace(assistant, processor=with_picture_options(assistant.processor, pictures or {}))
         self.max_new_tokens = max_new_tokens
 

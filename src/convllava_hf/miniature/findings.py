@@ -286,13 +286,13 @@ def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
     """Scores on unseen scenes, and what a picture costs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoProcessor
 
-    from .. import AutoModelForVision2Seq
+    from ..loading import load_processor
+    from ..modeling.modeling_convllava import ConvLlavaForConditionalGeneration
     from .scoring import ask_about_scenes, score
 
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    model = AutoModelForVision2Seq.from_pretrained(checkpoint).eval()
+    processor = load_processor(checkpoint)
+    model = ConvLlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
     answered = ask_about_scenes(model, processor, WORLD, scenes=scenes, seed=seed, side=SIDE, kinds=KINDS)
     scores = score(answered)
     side = model.config.vision_config.image_size

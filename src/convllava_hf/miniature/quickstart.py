@@ -224,16 +224,15 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
     if run.is_done("evaluation"):
         return
     import torch
-    from transformers import AutoProcessor
 
-    from .. import AutoModelForVision2Seq
-    from ..loading import choose_dtype
+    from ..loading import choose_dtype, load_processor
+    from ..modeling.modeling_convllava import ConvLlavaForConditionalGeneration
     from .scoring import ask_about_scenes, chance, score
 
     with run.step("evaluation"), Line(TITLES["evaluation"], unit="question") as line:
-        processor = AutoProcessor.from_pretrained(checkpoint)
+        processor = load_processor(checkpoint)
         dtype = choose_dtype(torch.device("cpu"))
-        model = AutoModelForVision2Seq.from_pretrained(checkpoint, dtype=dtype).eval()
+        model = ConvLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
         answered = ask_about_scenes(
             model, processor, World(), scenes=scenes, seed=seed, side=SIDE, on_step=line.update
         )

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConvLlavaError
+from ..modeling import modeling_convllava
 from . import stranger
 from .files import ADAPTER, CARD, Staged
 
@@ -79,12 +80,16 @@ def check_files(staged: Staged, token: str | None = None) -> None:
         )
 
 
-def ask_as_a_stranger(staged: Staged, shown: list[Shown], token: str | None = None) -> list[str]:
+def ask_as_a_stranger(
+    staged: Staged, shown: list[Shown], token: str | None = None, trust_remote_code: bool = False
+) -> list[str]:
     """The model's answers in a fresh process, from the staged folder alone and without this package.
 
     Args:
         shown: what to ask; with nothing, a picture made for it.
         token: for an adapter whose base model is private or gated, to download it with.
+        trust_remote_code: whether an adapter's base model is loaded by the code in its own repository; without it, by
+            this package's.
 
     Raises:
         ConvLlavaError: it cannot be loaded or does not answer; the message ends with what the process said.
@@ -92,6 +97,7 @@ def ask_as_a_stranger(staged: Staged, shown: list[Shown], token: str | None = No
     values: dict[str, Any] = {
         "folder": str(staged.folder),
         "base_model": staged.base_model,
+        "base_code": None if trust_remote_code else str(Path(modeling_convllava.__file__).parent),
         "shown": [
             {"question": one.question, "picture": str(staged.folder / one.name) if one.name else None}
             for one in shown or [Shown("What is in the picture?")]

@@ -1,6 +1,7 @@
 """Which files of a checkpoint are published: a folder of their own, beside the one that they come from."""
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,7 +18,10 @@ from ..errors import ConvLlavaError
 from ..modeling.configuration_convllava import ConvLlavaConfig
 from ..modeling.modeling_convllava import AUTO_MAP
 from ..record import RECORD_FILE
+from ..trust import AUTO_MAP_FILES, references
 
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 MAX_SHARD_SIZE = "5GB"
@@ -85,7 +89,12 @@ class Staged:
 
 
 def stage(
-    source: str | Path, folder: Path, *, base_model: str | None = None, max_shard_size: int | str = MAX_SHARD_SIZE
+    source: str | Path,
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    trust_remote_code: bool = False,
 ) -> Staged:
     """Lays the files to publish into `folder`.
 
@@ -95,9 +104,11 @@ def stage(
         base_model: for an adapter, the id on the Hub of the model that it was trained on; default: what its
             adapter_config.json names, if that is an id.
         max_shard_size: a larger file of weights is written anew in shards of at most this size.
+        trust_remote_code: whether code in `source` that is not this package's is published, and run in the check.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint or adapter, or lacks what others need to load it.
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint or adapter, lacks what others need to load it, or names
+            code that is not this package's.
     """
     source = Path(source).expanduser()
     if not source.is_dir():
@@ -116,7 +127,7 @@ def stage(
         _stage_adapter(staged)
     else:
         _stage_model(staged, parse_size(max_shard_size))
-    _stage_code(staged)
+    _stage_code(staged, trust_remote_code)
     for path in sorted(folder.glob("*.json")):
         _tidy(path, staged.base_model)
     taken = {*staged.names(), *_named_shards(source), INDEX}
@@ -231,31 +242,39 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _stage_code(staged: Staged) -> None:
-    """The code that `auto_map` names: the checkpoint's own where it is complete, else this package's.
+def _stage_code(staged: Staged, trusted: bool) -> None:
+    """The code that `auto_map` names: this package's, or with `trusted` the checkpoint's own where it is complete.
 
-    handler.py and requirements.txt are this package's.
+    What is staged is run by the check, so nobody else's code may come in unasked. handler.py and requirements.txt are
+    this package's.
     """
     package = resources.files("convllava_hf.modeling")
     named = {reference.rpartition("--")[2].partition(".")[0] for reference in _references(staged)}
-    own: set[Path] = set()
-    for module in sorted(named):
-        file = staged.source / f"{module}.py"
-        try:
-            own |= {file, *(Path(path) for path in get_relative_import_files(str(file)))}
-        except FileNotFoundError:
-            own.add(file)
-    if own and all(path.is_file() for path in own):
-        for path in own:
+    own = {staged.source / f"{module}.py" for module in named}
+    foreign = sorted(module for module in named if not package.joinpath(f"{module}.py").is_file())
+    if foreign and not trusted:
+        raise ConvLlavaError(
+            f"{staged.source} names code that is not this package's ({', '.join(foreign)}.py), which push would run "
+            "and publish. Read it, then give --trust-remote-code; or take it out of auto_map in the JSON files."
+        )
+    if trusted and _is_complete(own):
+        for path in own.union(*(map(Path, get_relative_import_files(str(path))) for path in own)):
             shutil.copyfile(path, staged.folder / path.name)
-    elif foreign := sorted(module for module in named if not package.joinpath(f"{module}.py").is_file()):
+    elif foreign:
         raise ConvLlavaError(
             f"{staged.source} needs the code {', '.join(foreign)}.py, which is neither in it nor in this package."
         )
     else:
-        for entry in package.iterdir():
-            if entry.name.endswith("_convllava.py"):
-                (staged.folder / entry.name).write_bytes(entry.read_bytes())
+        if changed := sorted(path.name for path in own if path.is_file() and not _is_ours(path, package)):
+            logger.warning(
+                "%s in %s is not this package's code: this package's is published in its place. --trust-remote-code "
+                "publishes the checkpoint's own, and runs it in the check.",
+                ", ".join(changed),
+                staged.source,
+            )
+        for entry in (Path(str(entry)) for entry in package.iterdir() if entry.name.endswith("_convllava.py")):
+            for path in (entry, *map(Path, get_relative_import_files(str(entry)))):
+                shutil.copyfile(path, staged.folder / path.name)
     for name in _ENDPOINT:
         content = package.joinpath(name).read_text(encoding="utf-8")
         if name == "requirements.txt" and staged.base_model:
@@ -263,14 +282,26 @@ def _stage_code(staged: Staged) -> None:
         (staged.folder / name).write_text(content, encoding="utf-8")
 
 
+def _is_complete(modules: set[Path]) -> bool:
+    """Whether these files are there, and all that they import from beside them."""
+    try:
+        return bool(modules) and all(
+            path.is_file() and all(Path(found).is_file() for found in get_relative_import_files(str(path)))
+            for path in modules
+        )
+    except FileNotFoundError:
+        return False
+
+
+def _is_ours(path: Path, package) -> bool:
+    ours = package.joinpath(path.name)
+    return ours.is_file() and ours.read_bytes() == path.read_bytes()
+
+
 def _references(staged: Staged) -> list[str]:
     """All that the configuration files' `auto_map` name, such as `modeling_convllava.ConvLlavaModel`."""
     found = [] if staged.base_model else list(AUTO_MAP.values())
-    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
-        mapped = staged.json(name).get("auto_map")
-        for value in mapped.values() if isinstance(mapped, dict) else ():
-            found += [one for one in (value if isinstance(value, list) else [value]) if one]
-    return found
+    return found + [reference for name in AUTO_MAP_FILES for reference in references(staged.json(name))]
 
 
 def _tidy(path: Path, base_model: str | None) -> None:

@@ -60,6 +60,7 @@ def push(
     token: str | None = None,
     space: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    trust_remote_code: bool = False,
 ) -> Pushed:
     """Publishes the checkpoint in a folder, in one commit.
 
@@ -79,6 +80,8 @@ def push(
         token: `"environment"` or `"login"`, to take the token from there alone.
         space: id of a Space that gets the demo of this model, in a commit of its own after the model's.
         max_shard_size: larger files of weights are written anew in shards of this size.
+        trust_remote_code: publish code of the checkpoint that is not this package's, and run it in the check, which
+            is done without otherwise; for an adapter, run the base model's own code too.
 
     Raises:
         ConvLlavaError: something is not fit to be published, the Hub refuses it, or others have changed files there.
@@ -95,7 +98,13 @@ def push(
         for one in filter(None, (target, space_target)):
             publisher.check_access(one)
     with tempfile.TemporaryDirectory(prefix="convllava-push-") as folder:
-        staged = stage(model, Path(folder), base_model=base_model, max_shard_size=max_shard_size)
+        staged = stage(
+            model,
+            Path(folder),
+            base_model=base_model,
+            max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+        )
         if space_target is not None and staged.base_model:
             raise ConvLlavaError(
                 "The demo shows a full model, no adapter: merge it (merge_and_unload) and push the merged model, and "
@@ -104,7 +113,7 @@ def push(
         shown = [_stage_example(staged, number, *one) for number, one in enumerate(examples, 1)]
         check_files(staged, secret)
         logger.info("Loading the model in a fresh process from what will be published.")
-        answers = ask_as_a_stranger(staged, shown, secret)
+        answers = ask_as_a_stranger(staged, shown, secret, trust_remote_code)
         given = CardInput(target.repo_id, about, measured, shown, answers[: len(shown)], revision)
         card = render_card(staged, given)
         (staged.folder / CARD).write_text(card, encoding="utf-8")

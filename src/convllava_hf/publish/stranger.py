@@ -1,7 +1,9 @@
 """Uses a published folder as somebody else would: `python stranger.py REQUEST`, in a process of its own.
 
-Nothing of convllava_hf can be imported here, whether or not it is installed. REQUEST is JSON: `folder`, `base_model`
-(an adapter's, or null), `shown` (a list of `question` and `picture`) and `result`, the file that the answers go to.
+Nothing of convllava_hf can be imported here, whether or not it is installed. REQUEST is JSON: `folder`, whose code is
+this package's or was trusted, `base_model` (an adapter's, or null), `base_code` (the folder of the code that the base
+model is loaded by, or null for that of its own repository), `shown` (a list of `question` and `picture`) and `result`,
+the file that the answers go to.
 """
 
 import json
@@ -24,22 +26,28 @@ def main(request_file: str) -> None:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = _load(folder, request["base_model"])
+    model = _load(folder, request["base_model"], request["base_code"])
     answers = [_answer(model, processor, one["question"], one["picture"]) for one in request["shown"]]
     Path(request["result"]).write_text(json.dumps(answers), encoding="utf-8")
 
 
-def _load(folder: str, base_model: str | None):
+def _load(folder: str, base_model: str | None, base_code: str | None):
     """The model, on a GPU where there is one, with nothing missing from its weights and nothing left over."""
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    if base_model and base_code:  # the base model's repository is somebody else's, and so is the code in it
+        name = "modeling_convllava.ConvLlavaForConditionalGeneration"
+        loader, trust = get_class_from_dynamic_module(name, base_code), {}
+    else:
+        loader, trust = AutoModelForImageTextToText, {"trust_remote_code": True}
+    model, info = loader.from_pretrained(
         base_model or folder,
         dtype="auto",
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-        trust_remote_code=True,
         output_loading_info=True,
+        **trust,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info.get(kind) or ())):

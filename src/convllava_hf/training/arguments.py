@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from ..errors import ConvLlavaError
 from ..picture_options import PICTURE_OPTIONS
+from .checks import check_output, check_packages, check_values
+from .recipe import RecipeParser
 
 
 # LoRA on the language model's linear layers: `all-linear` would also take ConvNeXt's and the projector's.
@@ -113,11 +115,12 @@ class TrainingArguments(SFTConfig):
         super().__post_init__()
 
 
-def make_parser(**kwargs) -> TrlParser:
+def make_parser(**kwargs) -> RecipeParser:
     """The parser of recipes and of the command line over them."""
+    kwargs.setdefault("allow_abbrev", False)  # a key that is misspelled is not taken for another
     kwargs.setdefault("usage", "%(prog)s --config RECIPE [--key value ...]")
     kwargs.setdefault("description", "RECIPE is a YAML file of the keys below. Keys given here overrule it.")
-    return TrlParser((DataArguments, TrainingArguments, ModelConfig), **kwargs)
+    return RecipeParser((DataArguments, TrainingArguments, ModelConfig), **kwargs)
 
 
 def check_arguments(data: DataArguments, training: TrainingArguments, model: ModelConfig) -> None:
@@ -159,3 +162,11 @@ def check_arguments(data: DataArguments, training: TrainingArguments, model: Mod
         )
     if training.packing or training.padding_free:
         raise ConvLlavaError("packing and padding_free do not work with pictures: leave them out.")
+    if training.chat_template_path and not training.chat_template_path.endswith((".jinja", ".j2")):
+        raise ConvLlavaError(
+            f"chat_template_path is {training.chat_template_path!r}; expected a .jinja file. A tokenizer beside the "
+            "model's own would bring other special tokens, and perhaps code."
+        )
+    check_values(data, training, model)
+    check_packages(training, model)
+    check_output(training.output_dir)

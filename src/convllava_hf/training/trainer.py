@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from ..data.pictures import SafePictureCollator
+from .disk import checkpoint_bytes, telling_of_full_disk, warn_of_little_space
 from .optimizer import parameter_groups
 from .sampler import ModalityLengthSampler
 from .shapes import Shapes, picture_shapes, room_for
@@ -89,6 +90,26 @@ class ConvLlavaTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs):
         """Writes none: the generic one would say nothing about the model."""
+
+    def train(self, *args, **kwargs):
+        if self.args.save_strategy != "no" and self.is_world_process_zero():
+            warn_of_little_space(self.args.output_dir, self._checkpoint_bytes())
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with telling_of_full_disk(folder, self._checkpoint_bytes):
+            super()._save_checkpoint(model, trial)
+
+    def _checkpoint_bytes(self, states: bool = True) -> int:
+        model = self.accelerator.unwrap_model(self.model)
+        states = states and not self.args.save_only_model
+        return checkpoint_bytes(model, adapter=is_peft_model(model), states=states, optimizer=self.optimizer)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        folder = output_dir or self.args.output_dir
+        with telling_of_full_disk(folder, lambda: self._checkpoint_bytes(states=_internal_call)):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir=None, state_dict=None):
         card = Path(output_dir or self.args.output_dir) / "README.md"

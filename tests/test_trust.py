@@ -1,0 +1,212 @@
+"""A stranger's checkpoint: no command runs its code, and none asks whether to, unless --trust-remote-code is given."""
+
+import builtins
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hostile import PLACES, Hostile, generation, tokenizer
+
+
+for name in ("trl", "datasets", "rapidfuzz", "scipy"):
+    pytest.importorskip(name)
+
+from benchmark_data import make  # noqa: E402
+from conftest import GOLDEN, make_picture  # noqa: E402
+from training_runs import RECIPES, arguments_of, options  # noqa: E402
+
+from convllava_hf import cli  # noqa: E402
+from convllava_hf.convert import assemble  # noqa: E402
+from convllava_hf.errors import ConvLlavaError  # noqa: E402
+from convllava_hf.inference import load, user_turn  # noqa: E402
+from convllava_hf.trust import foreign_code  # noqa: E402
+
+
+ANSWER = ["--max-new-tokens", "1", "--device", "cpu", "--dtype", "float32"]
+TRAIN = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "save_strategy": "no"}
+
+
+@pytest.fixture
+def terminal(monkeypatch, tmp_path) -> list[str]:
+    """A terminal at which somebody says yes to whatever is asked; the questions. `chat` gets one line."""
+    asked: list[str] = []
+
+    def answer(prompt: str = "") -> str:
+        asked.append(prompt)
+        if prompt == "> ":
+            if asked.count("> ") > 1:
+                raise EOFError
+            return "What is this?"
+        return "y"
+
+    monkeypatch.setattr(builtins, "input", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return asked
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    make("pope", folder / "pope")
+    return folder / "pope"
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[str]:
+    """The demo, as far as its page: the models that were loaded for it."""
+    loaded: list[str] = []
+
+    @contextlib.contextmanager
+    def page_of(assistant, name, **settings):
+        loaded.append(name)
+        yield "http://127.0.0.1/"
+
+    monkeypatch.setattr("convllava_hf.demo.serving.page_of", page_of)
+    monkeypatch.setattr("convllava_hf.demo.serving.require_gradio", lambda: None)
+    monkeypatch.setattr("convllava_hf.demo.serving._wait_for_the_end", lambda: None)
+    return loaded
+
+
+def commands(model: Path, folder: Path, benchmark: Path) -> dict[str, list]:
+    """Every command that takes a checkpoint, but `push`, which loads it in a process of its own."""
+    data = [GOLDEN / "conversations.json", "--images", GOLDEN / "images", "--model", model]
+    photo = GOLDEN / "images" / "photo.jpg"
+    output = folder / "evaluation"
+    return {
+        "ask": ["ask", model, photo, "What is this?", *ANSWER],
+        "chat": ["chat", model, "--image", photo, *ANSWER],
+        "demo": ["demo", model, *ANSWER],
+        "eval": ["eval", model, "--benchmark", "pope", "--data", benchmark, "--limit", "1", "--output", output],
+        "data check": ["data", "check", *data, "--workers", "1"],
+        "data inspect": ["data", "inspect", *data, "--index", "0"],
+        "bench": ["bench", model, "--sizes", "64x64", "--new-tokens", "1", "--repeats", "1", "--device", "cpu"],
+        "train": ["train", *arguments_of(RECIPES / "stage1_projector.yaml", model, folder / "trained", **TRAIN)],
+        "lora": ["train", *arguments_of(RECIPES / "lora.yaml", model, folder / "adapted", **TRAIN)],
+        "convert": ["convert", model, folder / "converted"],
+        "assemble": ["assemble", folder / "assembled", "--text", model, "--vision", model],
+    }
+
+
+# Those that every command loads nevertheless take seconds; one of them is enough for the quick tests.
+LOADED = ("own_code", "processor", "generation")
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.slow if place in LOADED else ()) for place in PLACES]
+)
+def test_no_command_runs_a_checkpoint_s_code(
+    place, converted_checkpoint, benchmark, served, terminal, tmp_path, capsys
+):
+    one = Hostile(tmp_path / "model", converted_checkpoint("stage3"), tmp_path / "RAN")
+    PLACES[place](one)
+    for name, words in commands(one.folder, tmp_path, benchmark).items():
+        code = cli.main(list(map(str, words)))  # whatever it raises fails the test: that would be a traceback
+        said = capsys.readouterr().err.strip().splitlines()
+        assert one.ran == "", name
+        assert code in (0, 1, 2), name
+        assert code != 2 or said[-1].startswith("convllava: error: "), name
+    assert set(terminal) <= {"> "}
+
+
+@pytest.mark.parametrize("name", ["ask", "train", "data inspect"])
+def test_the_flag_runs_it(name, converted_checkpoint, benchmark, served, terminal, tmp_path, capsys):
+    one = Hostile(tmp_path / "model", converted_checkpoint("stage3"), tmp_path / "RAN")
+    tokenizer(one)
+    words = list(map(str, commands(one.folder, tmp_path, benchmark)[name]))
+    assert cli.main(words) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "evil_tokenizer.Evil in tokenizer_config.json" in message and "--trust-remote-code" in message
+    assert cli.main([*words, "--trust-remote-code"]) == 0
+    assert "evil_tokenizer" in one.ran
+    assert set(terminal) <= {"> "}
+
+
+def test_the_flag_takes_the_checkpoint_s_generate(converted_checkpoint, terminal, tmp_path):
+    one = Hostile(tmp_path / "model", converted_checkpoint("stage3"), tmp_path / "RAN")
+    generation(one)
+    messages = [user_turn("What is this?", [make_picture()])]
+    load(one.folder, device="cpu", dtype="float32").answer(messages, max_new_tokens=1)
+    assert one.ran == ""
+    trusting = load(one.folder, device="cpu", dtype="float32", trust_remote_code=True)
+    with pytest.raises(SystemExit):
+        trusting.answer(messages, max_new_tokens=1)
+    assert "custom_generate" in one.ran
+
+
+def test_with_the_flag_an_ordinary_checkpoint_answers_as_without(checkpoint):
+    messages = [user_turn("What is this?", [make_picture()])]
+    answers = [
+        load(checkpoint, device="cpu", dtype="float32", trust_remote_code=trust).answer(messages, max_new_tokens=8)
+        for trust in (False, True)
+    ]
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_what_was_left_aside_is_named(converted_checkpoint, tmp_path, caplog):
+    one = Hostile(tmp_path / "model", converted_checkpoint("stage3"), tmp_path / "RAN")
+    assert foreign_code(one.folder) == []
+    PLACES["processor"](one)
+    load(one.folder, device="cpu", dtype="float32")
+    assert "evil_processor.Evil in processor_config.json" in caplog.text and "--trust-remote-code" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_a_language_model_with_code_of_its_own_is_not_assembled(part, tmp_path, terminal):
+    from parts import make_language_model, make_tower
+
+    folder, tower = tmp_path / "text", tmp_path / "tower"
+    make_language_model(folder)
+    make_tower(tower)
+    marker = tmp_path / "RAN"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'a').write('evil')\n")
+    name = "config.json" if part == "model" else "tokenizer_config.json"
+    values = json.loads((folder / name).read_text())
+    if part == "model":
+        values |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    else:
+        values |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(ConvLlavaError, match="evil.Evil in .*not run"):
+        assemble(tmp_path / "out", vision=tower, text=folder, progress=False)
+    assert not marker.exists() and terminal == []
+
+
+# --- recipes
+
+
+def test_no_recipe_trusts_by_itself():
+    for path in RECIPES.parent.rglob("*.yaml"):
+        assert "\ntrust_remote_code: true" not in path.read_text(), path
+
+
+def test_states_that_run_code_are_not_resumed_from(converted_checkpoint, tmp_path, terminal):
+    start = converted_checkpoint("stage3")
+    one = Hostile(tmp_path / "checkpoint-1", start, tmp_path / "RAN")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        one.pickle(name)
+    (one.folder / "trainer_state.json").write_text('{"global_step": 1}')
+    arguments = arguments_of(RECIPES / "stage1_projector.yaml", start, tmp_path / "out", **TRAIN)
+    with pytest.raises(ConvLlavaError, match="holds more than tensors and numbers"):
+        run_train([*arguments, *options(resume_from_checkpoint=one.folder)])
+    assert one.ran == ""
+
+
+def run_train(arguments: list[str]):
+    from convllava_hf.train import main
+
+    return main(arguments)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_fsdp_0/.metadata", "global_step1/mp_rank_00_model_states.pt"])
+def test_sharded_states_of_another_run_are_not_read(name, tmp_path):
+    from convllava_hf.train import _check_pickles
+
+    state = tmp_path / "out" / "checkpoint-1" / name
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"")
+    _check_pickles(tmp_path / "out" / "checkpoint-1", tmp_path / "out")
+    with pytest.raises(ConvLlavaError, match=f"holds {name.partition('/')[0]}.*--trust_remote_code"):
+        _check_pickles(tmp_path / "out" / "checkpoint-1", tmp_path / "other")
