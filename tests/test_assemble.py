@@ -177,12 +177,14 @@ def test_a_template_for_strings_gets_pictures(assembled):
 
 def test_a_template_that_knows_pictures_is_kept(tower, tmp_path):
     template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+        "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
     )
     folder = make_language_model(tmp_path / "language", template=template)
-    out = assemble(tmp_path / "out", vision=tower, text=folder, **SMALL)
-    assert (out / "chat_template.jinja").read_text() == template
+    processor = ConvLlavaProcessor.from_pretrained(assemble(tmp_path / "out", vision=tower, text=folder, **SMALL))
+    turns = [*ask("What?", make_picture()), {"role": "assistant", "content": "A cat."}]
+    assert processor.apply_chat_template(turns, tokenize=False) == "user: <image>What?</s>assistant: A cat.</s>"
+    assert "with_pictures" not in processor.chat_template  # it writes images itself
 
 
 def test_generation_markers_are_kept(tower, tmp_path):

@@ -22,6 +22,7 @@ from .training.checks import check_model
 from .training.curve import save_loss_curve
 from .training.disk import checkpoint_bytes, telling_of_full_disk
 from .training.record import save_training_record
+from .training.templates import check_chat_template
 from .training.trainable import format_table, set_trainable, trainable_table
 from .training.trainer import ConvLlavaTrainer
 from .trust import from_checkpoint, pickled_code
@@ -64,6 +65,7 @@ def train(
         model_config.lora_target_modules = LORA_TARGETS
     check_model(training, model_config)
     processor = load_processor(model_config.model_name_or_path, **source)
+    check_chat_template(processor, training.assistant_only_loss)
     processor = with_picture_options(processor, data.pictures)
     dataset = load_training_data(
         data.dataset_name,

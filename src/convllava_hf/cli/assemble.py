@@ -47,6 +47,12 @@ def register(subparsers) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: the language model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja file to use in place of the language model's own chat template, such as one of TRL's training "
+        "variants (default: the language model's, with the assistant's turns marked for training)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -71,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         overwrite=args.overwrite,
         progress=sys.stderr.isatty(),
+        chat_template=args.chat_template,
     )
     print(f"Wrote {path}. It is untrained: its answers mean nothing yet.")
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
@@ -43,6 +43,7 @@ def assemble(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    chat_template: str | Path | None = None,
 ) -> Path:
     """Makes a ConvLLaVA whose extra stage and projector are fresh, as before the first stage of training.
 
@@ -57,21 +58,29 @@ def assemble(
         seed: of the fresh weights.
         overwrite: replace `output` if it is a checkpoint already.
         progress: show a bar.
+        chat_template: a Jinja file, in place of the language model's own template. One without `{% generation %}`
+            gets it as the language model's own does.
 
     Returns:
         The folder made.
 
     Raises:
-        ConvLlavaError: something cannot be read, is of the wrong kind, or does not fit; `output` exists.
+        ConvLlavaError: something cannot be read, is of the wrong kind, or does not fit; the chat template cannot be
+            trained with; `output` exists.
     """
     check_output(output, overwrite)
+    given_template = None if chat_template is None else _read_template(chat_template)
+    folder = locate(text, _WHAT)
+    text_config, language_model, base = _read_config(folder)
+    tokenizer = _read_tokenizer(folder)
+    image_token_id = add_image_token(tokenizer)
+    # Before the weights, which are not needed to find out that a template cannot be trained with.
+    after_bos = prefix_after(tokenizer, tokenizer.bos_token) if tokenizer.bos_token else ""
+    template = template_with_pictures(tokenizer, after_bos, given_template)
     tower = read_tower(vision)
     tower.log_unused()
     vision_config = _vision_config(tower, resolution, extra_stage_depth, extra_stage_width)
-    folder = locate(text, _WHAT)
-    text_config, weights, table = _read_language_model(folder)
-    tokenizer = _read_tokenizer(folder)
-    image_token_id = add_image_token(tokenizer)
+    weights, table = _read_language_model(folder, text_config, language_model, base)
     text_config.vocab_size = layout.padded_vocabulary_size(text_config.vocab_size, len(tokenizer))
     dtype = layout.parse_dtype(dtype, default=text_config.dtype or next(iter(weights.dtypes.values())))
     config = layout.new_config(vision_config, text_config, image_token_id, dtype)
@@ -80,8 +89,6 @@ def assemble(
     sources = {"the vision tower": tower.weights, "fresh weights": fresh, "the language model": weights}
     tables = {"the vision tower": tower.table, "fresh weights": SAME_TABLE, "the language model": table}
     plan = layout.plan_weights(model, sources, tables)
-    after_bos = prefix_after(tokenizer, tokenizer.bos_token) if tokenizer.bos_token else ""
-    template = template_with_pictures(tokenizer, after_bos)
     suffix = prefix_after(tokenizer, IMAGE_TOKEN)
     processor = layout.new_processor(config, tokenizer, template, suffix, tower.image_settings)
     generation_config = layout.new_generation_config(folder, text_config, tokenizer, text_config.vocab_size)
@@ -168,8 +175,8 @@ def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
     return config
 
 
-def _read_language_model(folder: Path) -> tuple[PretrainedConfig, Weights | StateDict, Table]:
-    """A causal language model's config, its weights, and the table that reads them."""
+def _read_config(folder: Path) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
+    """A causal language model's config, and its classes with and without a head, without weights."""
     try:
         config = AutoConfig.from_pretrained(folder, **_NO_CODE)
         with torch.device("meta"):
@@ -185,6 +192,13 @@ def _read_language_model(folder: Path) -> tuple[PretrainedConfig, Weights | Stat
                 f"{_WHAT}: its config has {key}={value}, by which it changes the logits after its head. ConvLLaVA "
                 "does not; choose another language model."
             )
+    return config, model, base
+
+
+def _read_language_model(
+    folder: Path, config: PretrainedConfig, model: PreTrainedModel, base: PreTrainedModel
+) -> tuple[Weights | StateDict, Table]:
+    """A causal language model's weights, and the table that reads them."""
     head = next((n for n, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     tied = bool(getattr(config, "tie_word_embeddings", False))
     # Some models' `base_model_prefix` names nothing in them (Gemma 3's in transformers 4).
@@ -194,7 +208,7 @@ def _read_language_model(folder: Path) -> tuple[PretrainedConfig, Weights | Stat
     names = set(model.state_dict()) - ({f"{head}.weight"} if tied else set())
     if not names <= set(weights):
         weights = _load_whole(folder, names)
-    return config, weights, table
+    return weights, table
 
 
 def _load_whole(folder: Path, names: set[str]) -> StateDict:
@@ -214,6 +228,13 @@ def _why(error: Exception, folder: Path) -> str:
     if "trust_remote_code" in str(error) and (code := foreign_code(folder)):
         return f"it needs code of its own, {'; '.join(code)}, which is not run: choose one that transformers has"
     return first_line(error)
+
+
+def _read_template(path: str | Path) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConvLlavaError(f"The chat template {path} cannot be read: {first_line(error)}.") from error
 
 
 def _read_tokenizer(folder: Path):

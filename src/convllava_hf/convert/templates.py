@@ -2,8 +2,8 @@
 
 from importlib import resources
 
-from jinja2.exceptions import TemplateError
-
+from ..chat_templates import time_limit
+from .marking import TemplateFailure, mark_assistant, render
 from .tokenizers import IMAGE_TOKEN
 
 
@@ -48,28 +48,34 @@ def vicuna_template(after_bos: str = " ") -> str:
     return f'{{%- set after_bos = "{after_bos}" -%}}\n{rest}'
 
 
-def template_with_pictures(tokenizer, after_bos: str) -> str:
-    """The chat template of a language model's tokenizer, able to take pictures; Vicuna's where it has none.
+def template_with_pictures(tokenizer, after_bos: str, template: str | None = None) -> str:
+    """The chat template of a language model's tokenizer, able to take images, with the assistant's turns marked for
+    training; Vicuna's where the tokenizer has none.
 
     Args:
         tokenizer: has `<image>` already.
         after_bos: for Vicuna's template, see `vicuna_template`.
+        template: in place of the tokenizer's.
+
+    Raises:
+        ConvLlavaError: the template cannot be used for training.
     """
-    template = tokenizer.chat_template
+    template = template or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
         template = vicuna_template(after_bos)
-        return template if tokenizer.bos_token else '{%- set bos_token = "" -%}\n' + template
-    return template if _takes_pictures(tokenizer, template) else _PICTURES + template
+        template = template if tokenizer.bos_token else '{%- set bos_token = "" -%}\n' + template
+    elif not _takes_pictures(tokenizer, template):
+        template = _PICTURES + template
+    return mark_assistant(tokenizer, template)
 
 
 def _takes_pictures(tokenizer, template: str) -> bool:
     content = [{"type": "image"}, {"type": "text", "text": "probe"}]
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, tokenize=False
-        )
-    except (TemplateError, TypeError, ValueError):
+        with time_limit():
+            text = render(tokenizer, template, [{"role": "user", "content": content}])
+    except TemplateFailure:
         return False  # it takes strings only
     return text.count(IMAGE_TOKEN) == 1 and "probe" in text and "'type'" not in text

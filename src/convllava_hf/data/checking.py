@@ -20,7 +20,7 @@ from .picture_files import examine
 from .reading import BrokenFileError, SampleFile
 from .report import Problem, Report, Tokens
 from .sources import open_records, picture_folder
-from .tokens import TokenCounter
+from .tokens import TokenCounter, template_fault
 
 
 CHUNK = 64  # samples that a worker takes at once
@@ -81,7 +81,10 @@ class SampleChecker:
             if examined.size is not None:
                 sizes.append(examined.size)
         if self.count_tokens is not None and messages is not None and len(sizes) == len(pictures):
-            yield from self._token_problems(messages, sizes, report)
+            found = self._token_problems(messages, sizes, report)
+            # Where the chat template marks nothing, no sample is to blame.
+            blameless = () if self.count_tokens.template_fault is None else ("no supervised token",)
+            yield from (problem for problem in found if problem[0] not in blameless)
 
     def _token_problems(self, messages: list[dict], sizes: list, report: Report) -> Iterator[tuple[str, str]]:
         tokens, supervised = self.count_tokens(messages, sizes)
@@ -140,6 +143,8 @@ def check_data(
         for part in _reports(_chunks(records, broken), checker, workers or _cpus()):
             report.add(part)
             bar.update(records.position - bar.n)
+    if checker[1] is not None and (fault := template_fault(checker[1])) is not None:
+        report.add_problem(Problem("chat template", fault))
     for error in broken:
         report.add_problem(Problem("broken file", f"{error} Nothing after this place was read."))
     return report

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from ..chat_templates import assistant_mask_error
 from .report import Tokens
 
 
@@ -43,6 +44,7 @@ class TokenCounter:
 
     def __init__(self, processor: Any, max_length: int):
         self.max_length = max_length
+        self.template_fault = template_fault(processor)
         self.processor = copy.copy(processor)
         self.processor.image_processor = _SizesAlone(processor.image_processor)
 
@@ -68,6 +70,16 @@ class TokenCounter:
             longest=len(ids),
         )
         return counted, sum(mask[: self.max_length])
+
+
+def template_fault(processor: Any) -> str | None:
+    """Why no loss can be taken on the assistant's tokens alone, whatever the data; `None` if it can."""
+    if (fault := assistant_mask_error(processor)) is None:
+        return None
+    return (
+        f"The model's chat template is at fault, not the data: {fault}. Mark what the assistant says in its "
+        "chat_template.jinja with {% generation %} and {% endgeneration %}, as convllava assemble does"
+    )
 
 
 def with_pictures(messages: Sequence[dict], pictures: Sequence[Any]) -> list[dict]:
