@@ -113,6 +113,24 @@ def test_the_card_says_how_pictures_are_seen(checkpoint, tmp_path, kwargs, head,
     assert "\n\n\n" not in card.split("## Intended use")[1].split("## ")[0]
 
 
+@pytest.mark.parametrize("preset, frame", [(None, "the padded square: its side"), ("small", "the picture, not of a")])
+@pytest.mark.parametrize("boxes, entries", [(None, []), ("square", []), ("image", []), ("image", ["square", "image"])])
+def test_the_card_says_what_boxes_are_fractions_of(preset, frame, boxes, entries, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    make_processor(preset=preset).save_pretrained(folder)
+    data = [{"name": f"{number}.json", "boxes": entry} for number, entry in enumerate(entries)]
+    write_record(folder, stages=[{**STAGE, **({"boxes": boxes} if boxes else {}), **({"data": data} if data else {})}])
+    (tmp_path / "staged").mkdir()
+    seen = section(render(stage(folder, tmp_path / "staged")), "## Resolution and visual tokens")
+    assert "\n\n\n" not in seen
+    seen = " ".join(seen.split())
+    assert f"`[0.10, 0.20, 0.40, 0.55]`, are left, top, right and bottom in fractions of {frame}" in seen
+    own = "square" if preset is None else "image"
+    told = set(entries) or {boxes} - {None}
+    assert ("Training rewrote the boxes" in seen) is bool(told - {own})
+    assert ("fractions of the padded square or of the picture" in seen) is (told == {"square", "image"})
+
+
 def test_results_become_a_table_and_a_model_index(staged, tmp_path):
     file = tmp_path / "textvqa.json"
     file.write_text(json.dumps({"results": [{**TEXTVQA, "samples": 5000, "interval": [64.5, 67.1], "other": 1}]}))

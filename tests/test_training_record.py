@@ -43,6 +43,7 @@ def test_stages_are_written_one_after_the_other(converted_checkpoint, tmp_path):
         assert told["global_batch_size"] == 4 and told["devices"] == 1 and told["steps"] == 2
         assert told["train_loss"] == logged(trainer, "train_loss")[0]
         assert told["data"] == [{"name": "conversations.json"}]  # no more of the path on this machine
+        assert told["boxes"] == "square"
     assert stages[1]["started_from"] == STAGES[1]
     text = (start / "training_record.json").read_text()
     assert str(tmp_path) not in text and str(GOLDEN) not in text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .boxes import convert_boxes
     from .registration import (
         AutoModelForVision2Seq,
         ConvLlavaConfig,
@@ -29,12 +30,14 @@ __all__ = [
     "ConvLlavaImageProcessor",
     "ConvLlavaModel",
     "ConvLlavaProcessor",
+    "convert_boxes",
 ]
 
 
 def __getattr__(name: str):
     if name in __all__:
-        return getattr(import_module(f"{__name__}.registration"), name)
+        module = "boxes" if name == "convert_boxes" else "registration"
+        return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

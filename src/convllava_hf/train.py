@@ -74,6 +74,7 @@ def train(
         image_folder=data.image_folder,
         streaming=data.dataset_streaming,
         datasets=data.datasets,
+        boxes=data.boxes,
         seed=training.seed,
     )
     model = _load_model(model_config, training.trust_remote_code)
@@ -122,6 +123,7 @@ def _evaluation_data(data: DataArguments, training: TrainingArguments):
         split=data.dataset_test_split,
         name=data.dataset_config,
         image_folder=data.image_folder,
+        boxes=data.boxes,
         seed=training.seed,
     )
 

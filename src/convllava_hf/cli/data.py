@@ -79,6 +79,13 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="train", help="of a data set with splits (default: %(default)s)")
     parser.add_argument("--name", help="configuration of a data set on the Hub")
+    parser.add_argument(
+        "--boxes",
+        choices=("square", "image"),
+        default="square",
+        help="what its boxes are fractions of, as the recipe will say: the padded square, as in LLaVA's files, or the "
+        "image (default: %(default)s)",
+    )
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -98,10 +105,12 @@ def run_check(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
         trust_remote_code=args.trust_remote_code,
     )
+    told = report.as_dict()
+    told["boxes"] |= {"declared": args.boxes, "warning": report.boxes.warning(args.boxes)}
     if args.json:
-        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **report.as_dict()}))
+        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **told}))
     else:
-        print("\n".join(_table(args, report.as_dict())))
+        print("\n".join(_table(args, told)))
     return 0 if report.clean else 1
 
 
@@ -118,6 +127,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         split=args.split,
         name=args.name,
         pictures=pictures,
+        boxes=args.boxes,
         trust_remote_code=args.trust_remote_code,
     )
     paths = save_pictures(seen, args.save) if args.save else []
@@ -133,8 +143,11 @@ def run_inspect(args: argparse.Namespace) -> int:
         (height, width), (seen_height, seen_width) = picture.size, picture.seen
         print(f"\nPicture {number + 1}: {_printable(picture.name)}")
         print(f"{width} x {height} pixels, seen as {seen_width} x {seen_height}: {picture.tokens} visual tokens")
+        for count, box in enumerate(picture.boxes, 1):
+            print(f"Box {count}: [{', '.join(f'{edge:.3f}' for edge in box)}] of what is seen")
         if paths:
-            print(f"Saved as {paths[number]}")
+            drawn = ", with the boxes drawn on it" if picture.boxes else ""
+            print(f"Saved as {paths[number]}{drawn}")
     if not seen.pictures:
         print("\nNo pictures" + (": nothing was saved" if args.save else ""))
     return 0
@@ -153,6 +166,10 @@ def _be_quiet() -> None:
 def _table(args: argparse.Namespace, report: dict) -> list[str]:
     counts = [("samples", report["samples"]), ("  text only", report["text_only"]), ("turns", report["turns"])]
     counts.append(("pictures", report["pictures"]))
+    boxes = report["boxes"]
+    if boxes["boxes"]:
+        counts += [("boxes", boxes["boxes"]), ("  samples with", boxes["samples"])]
+        counts += [(f"  {name}", boxes[name]) for name in ("thousandths", "unclear") if boxes[name]]
     if tokens := report["tokens"]:
         counts += [
             ("tokens", tokens["total"]),
@@ -163,6 +180,8 @@ def _table(args: argparse.Namespace, report: dict) -> list[str]:
         ]
     width = max(len(name) for name, _ in counts) + 2
     lines = [_printable(args.file), *(f"{name:<{width}}{count:>14,}" for name, count in counts), ""]
+    if boxes["boxes"]:
+        lines += [*_about_boxes(boxes), ""]
     if report["ok"]:
         return [*lines, "Nothing wrong was found."]
     lines.append(f"{report['bad_samples']:,} of {report['samples']:,} samples have something wrong:")
@@ -178,6 +197,21 @@ def _table(args: argparse.Namespace, report: dict) -> list[str]:
     if not tokens:
         lines += ["", "With --model, lengths and what a loss is taken on are checked as well."]
     return lines
+
+
+def _about_boxes(boxes: dict) -> list[str]:
+    """What the boxes look like, and what is to be done about it."""
+    looks = {"square": "fractions of the padded square", "image": "fractions of the image"}.get(boxes["looks_like"])
+    if looks is None:
+        lines = ["Whether the boxes are fractions of the padded square or of the image cannot be told from them."]
+    else:
+        lines = [f"The boxes look like {looks}."]
+    if boxes["unclear"]:
+        lines.append(
+            f"{boxes['unclear']:,} boxes are in samples with images of different shapes: nothing says which image "
+            "they belong to, and they are trained on as they are."
+        )
+    return [*lines, *([f"Warning: {boxes['warning']}"] if boxes["warning"] else [])]
 
 
 def _marked(tokens: list, colour: bool) -> str:

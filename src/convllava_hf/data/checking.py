@@ -80,6 +80,8 @@ class SampleChecker:
                 yield examined.kind, examined.detail
             if examined.size is not None:
                 sizes.append(examined.size)
+        if messages is not None:
+            report.boxes.add_sample(messages, sizes if len(sizes) == len(pictures) else ())
         if self.count_tokens is not None and messages is not None and len(sizes) == len(pictures):
             found = self._token_problems(messages, sizes, report)
             # Where the chat template marks nothing, no sample is to blame.

@@ -99,10 +99,24 @@ def mapped_columns(dataset: hf.Dataset, folder: PictureFolder, source: str) -> h
     return hf.concatenate_datasets([texts, pictures], axis=1).select_columns(list(COLUMNS))
 
 
+def with_constant(dataset: hf.Dataset | hf.IterableDataset, name: str, value: str) -> hf.Dataset | hf.IterableDataset:
+    """The same rows with a column of one text."""
+    if isinstance(dataset, hf.IterableDataset):
+        features = None if dataset.features is None else hf.Features({**dataset.features, name: hf.Value("string")})
+        return dataset.map(_with_value, features=features, fn_kwargs={"name": name, "value": value})
+    table = hf.table.InMemoryTable(pa.table({name: pa.repeat(value, len(dataset))}))
+    column = _as_dataset(table, hf.Features({name: hf.Value("string")}), dataset, f"{name}: {value}")
+    return hf.concatenate_datasets([dataset, column], axis=1)
+
+
 def undecoded(dataset: hf.Dataset) -> hf.Dataset:
     """The same data set, giving pictures as `bytes` and `path`."""
     features = hf.Features({name: _without_decoding(feature) for name, feature in dataset.features.items()})
     return _same_table(dataset, features) if features != dataset.features else dataset
+
+
+def _with_value(row: dict, name: str, value: str) -> dict:
+    return {**row, name: value}
 
 
 def _streamed_row(record: dict, index: int, folder: PictureFolder, source: str) -> dict:

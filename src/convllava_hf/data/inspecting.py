@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..boxes import DEFAULT_FRAME, Box, check_frame, draw_boxes
 from ..errors import ConvLlavaError
+from .boxes import boxes_in, in_model_frame, shared_shape
 from .conversations import SampleError, sample_of
 from .paths import located
 from .sources import RawRows, open_records, picture_folder
@@ -29,13 +31,14 @@ class Token:
 @dataclass(frozen=True)
 class SeenPicture:
     """`size`: height and width in pixels of the picture; `seen`: of what the tower sees of it. `picture`: that, with
-    the normalisation undone. `tokens`: its visual tokens."""
+    the normalisation undone. `tokens`: its visual tokens. `boxes`: that the conversation names, in fractions of it."""
 
     name: str
     size: tuple[int, int]
     seen: tuple[int, int]
     tokens: int
     picture: Image.Image
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,17 @@ def inspect_sample(
     split: str = "train",
     name: str | None = None,
     pictures: Mapping[str, Any] | None = None,
+    boxes: str = DEFAULT_FRAME,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Renders, tokenizes and preprocesses one sample as training does.
+    """Renders, tokenizes and preprocesses one sample as training does, with its boxes in the frame that it trains on.
 
     Args:
         path, image_folder, split, name: as in `load_training_data`.
         index: of the sample in the file, from 0.
         model: folder or Hub id of a checkpoint.
         pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`.
+        boxes: the frame of the data's boxes, as in `load_training_data`.
         trust_remote_code: whether code that comes with `model` may run, see `trust`.
 
     Raises:
@@ -94,19 +99,26 @@ def inspect_sample(
         opened = [processor.image_processor.fetch_images(reference) for reference in references]
     except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF
         raise ConvLlavaError(f"Sample {index} has a picture that cannot be read: {error}") from error
+    check_frame(boxes)
+    sample = in_model_frame({**sample, "images": opened, "boxes": boxes}, processor.image_processor)
     messages = with_pictures(sample["messages"], opened)
+    named = tuple(dict.fromkeys(box.box for box in boxes_in(sample["messages"]))) if shared_shape(opened) else ()
     identity = record.get("id")
     return Inspection(
         index=index,
         id=None if identity is None else str(identity),
         text=processor.apply_chat_template(messages, tokenize=False),
         tokens=_tokens(processor, messages, opened),
-        pictures=[_seen(processor, reference, picture) for reference, picture in zip(references, opened, strict=True)],
+        pictures=[
+            replace(_seen(processor, reference, picture), boxes=named)
+            for reference, picture in zip(references, opened, strict=True)
+        ],
     )
 
 
 def save_pictures(inspection: Inspection, path: str | os.PathLike) -> list[Path]:
-    """Writes the pictures as the tower sees them: the first as `path`, others as `name-2.png` and so on."""
+    """Writes the pictures as the tower sees them, with the boxes that the conversation names drawn on them: the first
+    as `path`, others as `name-2.png` and so on."""
     path = Path(path)
     paths = [
         path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
@@ -114,7 +126,7 @@ def save_pictures(inspection: Inspection, path: str | os.PathLike) -> list[Path]
     ]
     for target, seen in zip(paths, inspection.pictures, strict=True):
         try:
-            seen.picture.save(target)
+            draw_boxes(seen.picture, seen.boxes).save(target)
         except ValueError as error:  # PIL knows no format of such a name
             raise ConvLlavaError(f"Cannot write a picture to {str(target)!r}: {error}") from error
     return paths

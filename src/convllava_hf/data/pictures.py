@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..errors import ConvLlavaError
+from .boxes import in_model_frame
 from .conversations import DataError
 
 
@@ -29,7 +30,7 @@ class PictureError(DataError):
 
 
 class SafePictureCollator:
-    """Opens the pictures of a batch, and hands it on to TRL's collator.
+    """Opens the pictures of a batch, brings its boxes into the model's frame, and hands it on to TRL's collator.
 
     Args:
         collator: makes a batch of examples whose `images` are PIL pictures; has a `processor`.
@@ -92,7 +93,7 @@ class SafePictureCollator:
             except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF
                 reason = str(error).rstrip(".")
                 raise PictureError(f"Sample {_index(example)} has a picture that cannot be read: {reason}.") from error
-        return {**example, "images": pictures}
+        return in_model_frame({**example, "images": pictures}, self.collator.processor.image_processor)
 
     def _count(self, error: PictureError) -> None:
         worker = get_worker_info()

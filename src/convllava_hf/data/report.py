@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .boxes import BoxCounts
+
 
 @dataclass
 class Problem:
@@ -41,7 +43,7 @@ class Report:
     """Counts of a data set and what is wrong with it.
 
     `turns` are messages of user and assistant, `pictures` the mentions of pictures, `text_only` samples without any;
-    all of them in samples that could be read. `problems`: by kind their number and the first few.
+    all of them in samples that could be read, and so are `boxes`. `problems`: by kind their number and the first few.
     """
 
     examples: int = 3
@@ -51,6 +53,7 @@ class Report:
     pictures: int = 0
     bad_samples: int = 0
     tokens: Tokens | None = None
+    boxes: BoxCounts = field(default_factory=BoxCounts)
     counts: dict[str, int] = field(default_factory=dict)
     problems: dict[str, list[Problem]] = field(default_factory=dict)
 
@@ -68,6 +71,7 @@ class Report:
         """Adds what was found in samples after these."""
         for name in ("samples", "text_only", "turns", "pictures", "bad_samples"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.boxes.add(other.boxes)
         if other.tokens is not None:
             self.tokens = self.tokens or Tokens()
             self.tokens.add(other.tokens)
@@ -86,6 +90,7 @@ class Report:
             "turns": self.turns,
             "pictures": self.pictures,
             "tokens": asdict(self.tokens) if self.tokens else None,
+            "boxes": self.boxes.as_dict(),
             "problems": [
                 {"kind": kind, "count": count, "examples": [_without_kind(problem) for problem in self.problems[kind]]}
                 for kind, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..boxes import DEFAULT_FRAME, check_frame
 from ..errors import ConvLlavaError, first_line
 from .paths import PictureFolder
 from .reading import SampleFile
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".json", ".jsonl")
-ENTRY_KEYS = ("path", "name", "split", "image_folder", "weight")
+ENTRY_KEYS = ("path", "name", "split", "image_folder", "weight", "boxes")
 _NOT_SAMPLES = ("dataset_infos.json",)
 
 
@@ -32,6 +33,7 @@ def load_training_data(
     streaming: bool = False,
     name: str | None = None,
     datasets: Sequence[Mapping[str, Any]] | None = None,
+    boxes: str = DEFAULT_FRAME,
     seed: int = 0,
 ) -> "Dataset | IterableDataset":
     """Conversations with pictures as one data set.
@@ -45,14 +47,18 @@ def load_training_data(
         streaming: read while training, in the file's order; the result has no length.
         name: configuration of a data set on the Hub.
         datasets: a mixture in place of `dataset_name`, one dict for each data set: `path`, and where they differ from
-            the arguments above `name`, `split` and `image_folder`; and `weight`, its share of the mixture.
+            the other arguments `name`, `split`, `image_folder` and `boxes`; and `weight`, its share of the mixture.
             Without weights all samples are taken, one data set after the other. With weights, of whatever sum, data
             sets are drawn from in these proportions until one of them is used up, none of its samples taken twice.
+        boxes: what boxes in the texts are fractions or thousandths of: `"square"`, the padded square, as in LLaVA's
+            files, or `"image"`. Texts are not changed here; the collator of `convllava_hf.training` rewrites boxes
+            where the model sees images in the other frame.
         seed: of the draws; and, unless streaming, of the choice of samples from what is not taken whole.
 
     Returns:
         A data set with the columns `messages` (`role`, `content` as a list of `type` and `text`), `images` (undecoded:
-        `bytes`, or else the absolute `path`; files are not opened yet) and `sample` (the index in its own file).
+        `bytes`, or else the absolute `path`; files are not opened yet) and `sample` (the index in its own file). If
+        boxes are not in the square throughout, also with the column `boxes`: the frame of the row's boxes.
 
     Raises:
         ConvLlavaError: there is no such data set, it is broken (with line and column), a sample is not as it should be
@@ -61,8 +67,9 @@ def load_training_data(
     """
     if (dataset_name is None) == (not datasets):
         raise ConvLlavaError("Name one data set or a mixture: set either `dataset_name` or `datasets`.")
+    check_frame(boxes)
     if dataset_name is not None:
-        return _load(os.fspath(dataset_name), split, image_folder, streaming, name)
+        return _with_frames([_load(os.fspath(dataset_name), split, image_folder, streaming, name)], [boxes])[0]
     entries = [_checked(entry) for entry in datasets]
     weights = _weights(entries)
     loaded = [
@@ -76,6 +83,12 @@ def load_training_data(
         for entry, weight in zip(entries, weights or [1] * len(entries), strict=True)
         if weight
     ]
+    frames = [
+        entry.get("boxes", boxes)
+        for entry, weight in zip(entries, weights or [1] * len(entries), strict=True)
+        if weight
+    ]
+    loaded = _with_frames(loaded, frames)
     return _mixed(loaded, [weight for weight in weights or () if weight], seed, streaming)
 
 
@@ -156,6 +169,17 @@ def _load(
     columns.check_columns(dataset.column_names, path)
     convert = columns.streamed_columns if streaming else columns.mapped_columns
     return convert(dataset, folder, path)
+
+
+def _with_frames(
+    loaded: "list[Dataset] | list[IterableDataset]", frames: Sequence[str]
+) -> "list[Dataset] | list[IterableDataset]":
+    """The same rows with the frame of their boxes, which stays with them in a mixture."""
+    from .columns import with_constant
+
+    if set(frames) == {DEFAULT_FRAME}:
+        return loaded  # rows that say nothing have boxes of this frame
+    return [with_constant(dataset, "boxes", frame) for dataset, frame in zip(loaded, frames, strict=True)]
 
 
 def _from_json(files: list[str], folder: PictureFolder, streaming: bool) -> "Dataset | IterableDataset":
@@ -286,7 +310,9 @@ def _checked(entry: Mapping[str, Any]) -> Mapping[str, Any]:
             f"The entry {entry['path']!r} of `datasets` has {', '.join(map(repr, unknown))}; known are "
             f"{', '.join(ENTRY_KEYS)}."
         )
-    return {key: value for key, value in entry.items() if value is not None}
+    entry = {key: value for key, value in entry.items() if value is not None}
+    check_frame(entry.get("boxes", DEFAULT_FRAME))
+    return entry
 
 
 def _weights(entries: list[Mapping[str, Any]]) -> list[float] | None:

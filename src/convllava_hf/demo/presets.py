@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..boxes import place_in_square
 from ..modeling.configuration_convllava import PRESETS, PictureSizes, visual_token_grid
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
 from ..picture_options import PICTURE_OPTIONS
@@ -63,17 +64,7 @@ def view(image_processor: ConvLlavaImageProcessor, preset: Preset, picture_width
     of_sizes = {key: value for key, value in preset.images_kwargs.items() if key in PICTURE_OPTIONS}
     if image_processor.picture_sizes(**of_sizes).mode != "pad":
         return View(height, width, rows * columns, 0.0, 0.0, 1.0, 1.0)
-    # As the image processor pads: to the longer side, of an odd remainder one pixel less before the picture.
-    side = max(picture_width, picture_height)
-    return View(
-        height,
-        width,
-        rows * columns,
-        left=(side - picture_width) // 2 / side,
-        top=(side - picture_height) // 2 / side,
-        across=picture_width / side,
-        down=picture_height / side,
-    )
+    return View(height, width, rows * columns, *place_in_square(picture_height, picture_width))
 
 
 def _name(sizes: PictureSizes) -> str:

@@ -15,6 +15,7 @@ _PYTHON_VERSION = "3.11"
 _PACKAGE = (
     "__init__.py",
     "registration.py",
+    "boxes.py",
     "errors.py",
     "inference.py",
     "loading.py",

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from ..boxes import FRAMES, frame_of_mode
 from ..errors import ConvLlavaError
 from ..modeling.configuration_convllava import PRESETS, ConvLlavaConfig, PictureSizes, tower_stride
 from ..record import read_record
@@ -156,6 +157,7 @@ def model_facts(staged: Staged) -> dict[str, Any]:
             for name, pixels in PRESETS.items()
         ],
         "aspect_ratio": sizes.mode,
+        "box_frame": frame_of_mode(sizes.mode),
         "least_pixels": sizes.least_pixels,
         "most_pixels": sizes.most_pixels,
     }
@@ -200,6 +202,7 @@ def lineage(staged: Staged, about: About) -> dict[str, Any]:
         "checkpoint": origin.get("checkpoint"),
         "started_from": started,
         "data": _data_rows(record["stages"], about),
+        "box_frames": _box_frames(record["stages"]),
         "stages": stages,
         "versions": record["stages"][-1].get("versions", {}) if stages else {},
     }
@@ -337,6 +340,16 @@ def _data_rows(stages: Iterable[dict[str, Any]], about: About) -> list[dict[str,
             if label not in row["use"].split(", "):
                 row["use"] = ", ".join(filter(None, (row["use"], label)))
     return [{key: cell(value) for key, value in row.items()} for row in rows.values()]
+
+
+def _box_frames(stages: Iterable[dict[str, Any]]) -> list[str]:
+    """The frames of the boxes in the data of the stages that say so."""
+    said: list[Any] = []
+    for stage in stages:
+        if (of_stage := stage.get("boxes")) in FRAMES:
+            entries = [entry for entry in stage.get("data") or [] if isinstance(entry, dict)]
+            said += [entry.get("boxes", of_stage) for entry in entries] or [of_stage]
+    return [frame for frame in FRAMES if frame in said]
 
 
 def _number(value: Any) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from ..boxes import check_frame
 from ..errors import ConvLlavaError
 from ..picture_options import PICTURE_OPTIONS
 from .checks import check_output, check_packages, check_values
@@ -26,7 +27,16 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "A mixture instead of dataset_name: in the recipe, a list of `path`, and where needed "
-            "`image_folder`, `name`, `split` and `weight`. A dataset_name given on the command line replaces it."
+            "`image_folder`, `name`, `split`, `boxes` and `weight`. A dataset_name given on the command line replaces "
+            "it."
+        },
+    )
+    boxes: str = field(
+        default="square",
+        metadata={
+            "help": "What the boxes in the data are fractions (or thousandths) of: `square`, the padded square, as in "
+            "LLaVA's files, or `image`. They are rewritten where the model sees images in the other frame. An entry "
+            "of datasets may say its own; eval_dataset_name has the same."
         },
     )
     eval_dataset_name: str | None = field(
@@ -60,6 +70,7 @@ class DataArguments(ScriptArguments):
     max_pixels: int | None = field(default=None, metadata={"help": "Native pictures of more pixels are made smaller."})
 
     def __post_init__(self):
+        check_frame(self.boxes)
         if self.on_bad_picture not in ("error", "skip"):
             raise ConvLlavaError(f"on_bad_picture is {self.on_bad_picture!r}; expected error or skip.")
         if not self.dataset_name and not self.datasets:

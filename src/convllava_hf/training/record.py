@@ -74,6 +74,7 @@ def describe_run(
         "method": "qlora" if quantized else "lora" if model.use_peft else "full",
         "trainable": None if model.use_peft else list(training.trainable),
         "data": _describe_data(data),
+        "boxes": data.boxes,
         "hyperparameters": {key: told[key] for key in _HYPERPARAMETERS if told.get(key) is not None},
         "devices": processes,
         "global_batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
@@ -91,14 +92,15 @@ def describe_run(
 
 
 def _describe_data(data: DataArguments) -> list[dict[str, Any]]:
-    """Names, configurations, splits and weights of the data sets."""
+    """Names, configurations, splits and weights of the data sets, and frames of boxes other than the run's."""
     if not data.datasets:
         told = {"name": data.dataset_name, "config": data.dataset_config, "split": data.dataset_train_split}
         return [_without_blanks(told)]
     entries = []
     for entry in data.datasets:
         told = {"name": entry["path"], "config": entry.get("name")}
-        entries.append(_without_blanks({**told, "split": entry.get("split"), "weight": entry.get("weight")}))
+        more = {key: entry.get(key) for key in ("split", "boxes", "weight")}
+        entries.append(_without_blanks({**told, **more}))
     return entries
 
 

@@ -85,8 +85,7 @@ class ConvLlavaTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "sample" not in self._signature_columns:
-            self._signature_columns.append("sample")
+        self._signature_columns += [name for name in ("sample", "boxes") if name not in self._signature_columns]
 
     def create_model_card(self, *args, **kwargs):
         """Writes none: the generic one would say nothing about the model."""

@@ -4,18 +4,10 @@ A box is left, top, right, bottom. RefCOCO's accuracy (arXiv 1608.00272) is the 
 `box_iou` with the truth is 0.5 or more.
 """
 
-import math
-import re
 from collections.abc import Sequence
 
+from ...boxes import Box, four_numbers, square_to_image
 from ...errors import ConvLlavaError
-
-
-Box = tuple[float, float, float, float]
-
-_NUMBER = r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*"
-_FOUR = ",".join([_NUMBER] * 4)
-_BOX = re.compile(rf"\[{_FOUR}\]|\({_FOUR}\)")
 
 
 def parse_boxes(text: str) -> list[Box]:
@@ -24,12 +16,7 @@ def parse_boxes(text: str) -> list[Box]:
     Numbers out of range, boxes turned inside out and repeated ones are kept. What is not exactly four numbers between
     two brackets of a kind (three, five, an unclosed bracket, a word) is no box.
     """
-    boxes = []
-    for match in _BOX.finditer(text):
-        box = tuple(float(number) for number in match.groups() if number is not None)
-        if all(map(math.isfinite, box)):  # 1e999
-            boxes.append(box)
-    return boxes
+    return [numbers for numbers, _, _ in four_numbers(text)]
 
 
 def box_iou(one: Sequence[float], other: Sequence[float]) -> float:
@@ -62,14 +49,7 @@ def undo_square_padding(box: Sequence[float], width: int, height: int) -> Box:
     _check(box)
     if width < 1 or height < 1:
         raise ConvLlavaError(f"The picture is {width} x {height} pixels, and sides of at least 1 are expected.")
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
-    return (
-        (box[0] * side - left) / width,
-        (box[1] * side - top) / height,
-        (box[2] * side - left) / width,
-        (box[3] * side - top) / height,
-    )
+    return square_to_image(box, height, width)
 
 
 def to_unit_box(box: Sequence[float]) -> Box:
