@@ -37,7 +37,7 @@ import time
 from urllib.parse import quote, urljoin, urlsplit
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -52,8 +52,8 @@ except ImportError:  # without it no chat template can be written at all
 
 logger = logging.getLogger(__name__)
 
-# PIL would hand an EPS to Ghostscript, and knows formats that nobody has looked at for decades.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+# The image processor's own list; PIL would hand an EPS to Ghostscript.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _CONNECT_SECONDS = 5.0  # to one address; then the next is tried
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PRIVATE_USE = re.compile("[\U000f0000-\U000fffff]")  # transformers marks with these what a user typed
@@ -80,8 +80,9 @@ class Limits:
     """What a request may cost; an endpoint's environment sets them: `CONVLLAVA_MAX_PIXELS` for `max_pixels`.
 
     `max_pixels`, `max_bytes` and `fetch_seconds` are for all pictures of one input together: pixels after decoding,
-    bytes before it, seconds until the last one is there, with all redirects. PIL itself opens no picture of more than
-    about 179 million pixels.
+    bytes before it, seconds until the last one is there, with all redirects. Pixels are counted by the bytes that
+    decoding them takes: those of more than 8 bits a channel count twice, those of JPEG 2000 four times. PIL itself
+    opens no picture of more than about 179 million pixels.
     """
 
     max_inputs: int = 8
@@ -196,6 +197,8 @@ class EndpointHandler:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
         except (TemplateError, ValueError) as error:  # of roles in an order that the language model does not know, say
+            if type(error).__name__ == "ImageError":  # of the image processor, whose code came with the checkpoint
+                raise RequestError(415, str(error)) from error
             raise RequestError(400, f"The conversation cannot be written for this model: {error}") from error
 
     @torch.inference_mode()
@@ -402,12 +405,13 @@ class _PictureReader:
         except Exception as error:  # PIL's parsers let through whatever they stumble over
             raise _undecodable(source, error) from error
         width, height = picture.size
-        if width * height > self.pixels_left:
-            raise self._too_many_pixels(f"{_shown(source)} has {width} x {height} pixels")
-        self.pixels_left -= width * height
+        weight = _weight_of_pixels(picture)
+        if weight * width * height > self.pixels_left:
+            counted = f", which count {weight} times" if weight > 1 else ""
+            raise self._too_many_pixels(f"{_shown(source)} has {width} x {height} pixels{counted}")
+        self.pixels_left -= weight * width * height
         try:
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)  # broken Exif data are to be found here, too
+            picture.load()  # the image processor turns it upright
         except Exception as error:
             raise _undecodable(source, error) from error
         # The image processor makes a square of the longer side. That must keep to the limit as well.
@@ -564,6 +568,14 @@ def _is_public(address: str) -> bool:
     if ip.version == 6 and ip not in _GLOBAL_UNICAST:
         return False
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
+
+
+def _weight_of_pixels(picture: Image.Image) -> int:
+    """How many bytes a pixel takes while it is decoded, compared with one of 8 bits a channel."""
+    if picture.format == "JPEG2000":  # 32 bits a channel, and work besides
+        return 4
+    stored = str([tile[3] for tile in picture.tile])  # RGB;16B, say, which becomes 8 bits
+    return 2 if picture.mode == "F" or picture.mode.startswith("I") or ";16" in stored else 1
 
 
 def _undecodable(source: str, error: Exception) -> RequestError:

@@ -1,36 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """From pictures to `pixel_values`, with PIL and NumPy alone."""
 
-import io
+import itertools
 import math
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers import image_utils
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, get_size_dict
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, load_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_convllava import PRESETS, PictureSizes, visual_token_grid
-
-
-# What PIL raises of files that it cannot decode, RuntimeError in its AVIF plug-in.
-_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-# transformers fetches URLs with httpx since version 5; the errors of requests, which 4 uses, are OSErrors.
-_HTTP = getattr(image_utils, "httpx", None)
-_UNREACHABLE = (_HTTP.HTTPError, _HTTP.InvalidURL) if _HTTP else ()
+from .image_utils_convllava import ImageError, image_name, read_image, to_rgb
 
 
 # Values of a batch beyond which pictures of very different shapes are refused together: 4 GiB in float32.
 _MOST_VALUES = 2**30
 # Arguments that decide how large the tower sees a picture.
 PICTURE_ARGUMENTS = ("image_aspect_ratio", "size", "min_pixels", "max_pixels", "preset")
-
-
-class ImageError(ValueError):
-    """An image that cannot be opened, decoded, turned upright or prepared. The message names it and the remedy."""
 
 
 class ConvLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -67,9 +55,11 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         picture covers of that, (N, 2).
 
     Raises:
-        ValueError: sizes that the tower cannot take, something that is no picture, a picture that cannot be decoded,
-            pictures so different in shape that a common size would be enormous.
+        ImageError: something that is no image, or an image that cannot be opened, decoded, turned upright, converted
+            or prepared, by its name or its number in the call. It is a `ValueError`.
         FileNotFoundError: a path at which there is no file.
+        ValueError: sizes that the tower cannot take, images so different in shape that a common size would be
+            enormous.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -128,17 +118,20 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
     def fetch_images(self, images):
         """Opens paths, URLs, base64 strings and the `bytes` and `path` of undecoded rows of `datasets`.
 
-        Pictures and arrays pass through, nested lists keep their shape.
+        Returns upright RGB images; arrays and tensors pass through, nested lists keep their shape.
+
+        Raises:
+            ImageError, FileNotFoundError: as in a call.
         """
+        return self._fetched(images, itertools.count(1))
+
+    def _fetched(self, images, numbers):
         if isinstance(images, (list, tuple)):
-            return [self.fetch_images(image) for image in images]
-        if isinstance(images, dict) and images.get("bytes") is not None:
-            return _decode(io.BytesIO(images["bytes"]), images.get("path") or "picture in a data set")
-        if isinstance(images, dict) and images.get("path") is not None:
-            return _open_picture(images["path"])
-        if isinstance(images, (str, os.PathLike)):
-            return _open_picture(images)
-        return images
+            return [self._fetched(image, numbers) for image in images]
+        number = next(numbers)
+        image = _opened(images, number)
+        is_array = hasattr(image, "shape")  # converted where its range and its axes are known
+        return image if is_array else to_rgb(image, image_name(images, number))
 
     def preprocess(
         self,
@@ -163,8 +156,10 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         """Prepares one picture or (nested) lists of them; arguments left out are those of the constructor.
 
         Args:
-            images: PIL pictures, paths, URLs, base64 strings, arrays or tensors of 0-255 or of floats in [0, 1],
-                (height, width), (height, width, channels) or (channels, height, width).
+            images: PIL images, paths, URLs, base64 strings, rows with `bytes` or `path`, arrays or tensors on any
+                device: (height, width), (height, width, channels) or (channels, height, width) of 1 to 4 channels,
+                an alpha channel being left out. Integers are 0-255, `uint16` 0-65535, floats [0, 1], or 0-255 with
+                `do_rescale=False`; `image_utils_convllava` says it of files, and of values beyond.
             input_data_format: `"channels_first"` or `"channels_last"`, for arrays where it is not plain.
         """
         sizes = self.picture_sizes(image_aspect_ratio, size, min_pixels, max_pixels, preset)
@@ -177,22 +172,33 @@ class ConvLlavaImageProcessor(BaseImageProcessor):
         std = self.image_std if image_std is None else image_std
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
 
+        do_rescale = scale is not None
         pictures = []
-        for image in _flatten(self.fetch_images(images)):
-            picture = _to_picture(image, input_data_format, do_convert_rgb)
-            if sizes.mode == "pad":
-                picture = _pad_to_square(picture, mean)
-            if do_resize:
-                height, width = sizes.seen(picture.height, picture.width)
-                picture = picture.resize((width, height), resample=resample)
-            pixels = np.asarray(picture)  # (height, width, 3), 0-255
-            visual_token_grid(*pixels.shape[:2], self.stride)
+        for number, image in enumerate(_flatten(images), start=1):
+            name = image_name(image, number)
+            picture = to_rgb(_opened(image, number), name, input_data_format, do_convert_rgb, do_rescale)
+            try:
+                pixels = self._prepared(picture, sizes, do_resize, resample, mean)
+            except (ValueError, MemoryError) as error:
+                reason = str(error) or "it takes too much memory."
+                raise ImageError(f"The image {name} cannot be prepared: {reason}") from error
             pictures.append(_normalise(pixels, scale, mean if do_normalize else None, std))
         if not pictures:
             raise ValueError("No pictures were given. Pass at least one, or leave `images` out for text alone.")
         image_sizes = [list(picture.shape[1:]) for picture in pictures]
         data = {"pixel_values": _pad_to_common_size(pictures), "image_sizes": image_sizes}
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _prepared(self, picture: Image.Image, sizes: PictureSizes, do_resize: bool, resample: int, mean) -> np.ndarray:
+        """An RGB image as the tower sees it: (height, width, 3), 0-255."""
+        if sizes.mode == "pad":
+            picture = _pad_to_square(picture, mean)
+        if do_resize:
+            height, width = sizes.seen(picture.height, picture.width)
+            picture = picture.resize((width, height), resample=resample)
+        pixels = np.asarray(picture)
+        visual_token_grid(*pixels.shape[:2], self.stride)
+        return pixels
 
     def get_image_size(self, height: int, width: int, **kwargs) -> tuple[int, int]:
         """Height and width in pixels that the tower sees of a picture of such a size; arguments as in a call."""
@@ -250,40 +256,13 @@ def _square_side(size) -> int:
     return size["height"]
 
 
-def _open_picture(source) -> Image.Image:
-    """The picture at a path or URL or in a base64 string, decoded, in its own mode."""
-    name = str(source)
-    shown = name if len(name) <= 200 else f"{name[:80]}..."
-    is_remote = name.startswith(("http://", "https://", "data:"))
-    if is_remote or (not os.path.exists(name) and _looks_like_base64(name)):
-        try:
-            return load_image(name)
-        except (*_UNREADABLE, *_UNREACHABLE) as error:
-            raise ImageError(f"Cannot read a picture from {shown!r}: {error}") from error
-    if not os.path.exists(name):
-        raise FileNotFoundError(f"There is no picture at {shown!r}: check the path.")
-    return _decode(name, shown)
-
-
-def _decode(file, shown: str) -> Image.Image:
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{shown!r} is not a picture that PIL can read.") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"The picture {shown!r} cannot be decoded: {error} Make it smaller, or, if you know where it comes from, "
-            "raise PIL.Image.MAX_IMAGE_PIXELS."
-        ) from error
-    except _UNREADABLE as error:
-        raise ImageError(f"The picture {shown!r} cannot be decoded: {error}") from error
-    return picture
-
-
-def _looks_like_base64(text: str) -> bool:
-    """Whether a string that is no file may be an encoded picture: long, and of base64's characters alone."""
-    return len(text) >= 64 and all(char.isalnum() or char in "+/=\n\r" for char in text)
+def _opened(image, number: int):
+    """The image of a path, a URL, base64 or a row of a data set, in its own mode; others as they are."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, number)
+    if isinstance(image, dict) and (image.get("bytes") is not None or image.get("path") is not None):
+        return read_image(image, number)
+    return image
 
 
 def _flatten(images) -> list:
@@ -292,57 +271,6 @@ def _flatten(images) -> list:
     if getattr(images, "ndim", 0) == 4:  # a batch in one array
         return list(images)
     return [images]
-
-
-def _to_picture(image, input_data_format, do_convert_rgb: bool) -> Image.Image:
-    """Any accepted kind of picture as an upright RGB picture of PIL's."""
-    if isinstance(image, Image.Image):
-        try:
-            picture = ImageOps.exif_transpose(image)
-        except Exception as error:  # PIL decodes late, and lets through whatever its parsers stumble over
-            raise ImageError(f"The picture {image!r} cannot be decoded: {error}") from error
-    else:
-        picture = _from_array(image, input_data_format)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = _from_deep_gray(picture)
-    if picture.mode == "RGB":
-        return picture
-    if not do_convert_rgb:
-        raise ValueError(
-            f"A picture is of PIL's mode {picture.mode!r}, but the vision tower sees RGB: convert it, or leave "
-            "do_convert_rgb at True."
-        )
-    return picture.convert("RGB")
-
-
-def _from_array(image, input_data_format) -> Image.Image:
-    array = image.detach().cpu().numpy() if hasattr(image, "detach") else image
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or 0 in array.shape:
-        shape = f" of shape {array.shape}" if isinstance(array, np.ndarray) else ""
-        raise ValueError(
-            f"A {type(image).__name__}{shape} is no picture. Pass a PIL picture, a path, a URL, or an array of "
-            "(height, width), (height, width, channels) or (channels, height, width)."
-        )
-    if array.ndim == 2:
-        array, input_data_format = array[..., None], "channels_last"
-    if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    return to_pil_image(array, input_data_format=input_data_format)
-
-
-def _from_deep_gray(picture: Image.Image) -> Image.Image:
-    """Gray of 16 or 32 bits or of floats as 8-bit gray; PIL's own conversion would cut off everything above 255.
-
-    PIL says of 16-bit files that they are, sometimes by reading them as 32 bits; floats are in [0, 1] or in 0-255.
-    """
-    values = np.asarray(picture).astype(np.float64)
-    if picture.mode.startswith("I;16") or values.max() > 255:
-        values = values / 257
-    elif picture.mode == "F" and values.max() <= 1:
-        values = values * 255
-    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8), mode="L")
 
 
 def _pad_to_square(picture: Image.Image, mean) -> Image.Image:

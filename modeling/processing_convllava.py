@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import threading
 
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -15,6 +16,9 @@ from .image_processing_convllava import PICTURE_ARGUMENTS, ConvLlavaImagesKwargs
 IMAGE_TOKEN = "<image>"
 # transformers' `sanitize_control_tokens` puts this character before a token that a user typed: it is text then.
 _TYPED_BY_USER = "\U000f0000"
+# Padding and truncation are settings of a fast tokenizer, which each call changes for all threads. One lock for all
+# processors is enough, and it is no part of what is copied or pickled.
+_TOKENIZING = threading.RLock()
 
 
 class ConvLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -114,7 +118,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             replacements = [self.replace_image_token(data, index) for index in range(len(data["image_sizes"]))]
         if texts is not None:
             expanded, spans = self.get_text_with_replacements(texts, replacements)
-            encoding = dict(self.tokenizer(expanded, **text_kwargs))
+            with _TOKENIZING:
+                encoding = dict(self.tokenizer(expanded, **text_kwargs))
             self._check_truncation(expanded, encoding["input_ids"], text_kwargs)
             if return_types:
                 encoding["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])

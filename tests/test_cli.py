@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from conftest import make_picture
+from conftest import make_picture, picture_with_broken_exif
+from PIL import Image
 
 from convllava_hf import cli
 from convllava_hf.errors import ConvLlavaError
@@ -173,6 +175,20 @@ def test_chat_commands(checkpoint, picture, capsys, monkeypatch):
         assert answers[name] == text
     output, _ = chat(capsys, monkeypatch, ["/help"], str(checkpoint))
     assert "/image PATH" in output[0]
+
+
+def test_chat_goes_on_after_images_of_every_broken_kind(checkpoint, capsys, monkeypatch, tmp_path):
+    """Also after those that only turning or converting finds; EXIF that is broken hides no image."""
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(np.linspace(0, 3, 64**2, dtype=np.float32).reshape(64, 64)).save(tmp_path / "bright.tif")
+    (tmp_path / "drawing.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    (tmp_path / "exif.jpg").write_bytes(picture_with_broken_exif())
+    bad = [f"/image {tmp_path / name}" for name in ("pipe.png", "bright.tif", "drawing.jpg")]
+    text, _ = chat(capsys, monkeypatch, ["What?"], str(checkpoint))
+    output, errors = chat(capsys, monkeypatch, [*bad, "What?"], str(checkpoint))
+    assert output == text and errors.count("\n") == 3
+    shown, errors = chat(capsys, monkeypatch, [f"/image {tmp_path / 'exif.jpg'}", "What?"], str(checkpoint))
+    assert shown != text and not errors
 
 
 def test_interrupted_answer_is_forgotten_and_the_chat_goes_on(checkpoint, capsys, monkeypatch):

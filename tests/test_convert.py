@@ -94,7 +94,7 @@ def test_what_the_folder_holds(converted):
         *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"),
         *("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
         *("configuration_convllava.py", "modeling_convllava.py", "processing_convllava.py"),
-        "image_processing_convllava.py",
+        *("image_processing_convllava.py", "image_utils_convllava.py"),
     }
     config = json.loads((converted / "config.json").read_text())
     assert set(config["auto_map"]) >= {

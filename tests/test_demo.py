@@ -152,7 +152,6 @@ def test_files_that_are_no_pictures_are_refused_without_naming_their_place(tmp_p
         "half.png": whole[: len(whole) // 2],
         "header.png": whole[:40],
         "header.bmp": b"BM" + bytes(60),
-        "exif.jpg": picture_with_broken_exif(),
         "page.svg": b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>",
         "program.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
     }
@@ -161,6 +160,11 @@ def test_files_that_are_no_pictures_are_refused_without_naming_their_place(tmp_p
         with pytest.raises(ConvLlavaError, match="no picture|damaged") as caught:
             read_picture(tmp_path / name, LIMITS)
         assert str(tmp_path) not in str(caught.value) and name not in str(caught.value)
+
+
+def test_a_picture_with_broken_exif_is_shown_upright(tmp_path):
+    (tmp_path / "exif.jpg").write_bytes(picture_with_broken_exif())
+    assert read_picture(tmp_path / "exif.jpg", LIMITS).size == make_picture().size[::-1]
 
 
 # --- presets

@@ -17,7 +17,7 @@ pytest.importorskip("scipy")
 
 import benchmark_data  # noqa: E402
 from benchmark_data import ROWS, make, save  # noqa: E402
-from conftest import ask, make_picture, picture_with_broken_exif  # noqa: E402
+from conftest import ask, make_picture  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
@@ -355,7 +355,7 @@ def broken_pictures() -> list[dict | None]:
         benchmark_data.encoded(0),
         {"bytes": whole[: len(whole) // 2], "path": "cut.png"},
         {"bytes": b"no picture", "path": "text.png"},
-        {"bytes": picture_with_broken_exif(), "path": "exif.jpg"},
+        {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "path": "drawing.jpg"},
         None,
         benchmark_data.encoded(5),
     ]

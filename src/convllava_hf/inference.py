@@ -111,7 +111,8 @@ class Assistant:
             images_kwargs: of `ConvLlavaImageProcessor`, for this call: `{"size": 768}`, say.
 
         Raises:
-            ConvLlavaError: the conversation leaves no room for an answer in the model's context.
+            ConvLlavaError: an image cannot be read or prepared, or the conversation leaves no room for an answer in
+                the model's context.
         """
         start = time.perf_counter()
         glance = None if self.memory is None else Glance(self.memory, self.processor)
@@ -152,7 +153,11 @@ class Assistant:
         )
 
     def _inputs(self, processor: ConvLlavaProcessor, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
-        return prompt_inputs(processor, [messages], images_kwargs).to(self.device, self.dtype)
+        try:
+            inputs = prompt_inputs(processor, [messages], images_kwargs)
+        except (OSError, ValueError) as error:  # by kind: a processor from a checkpoint has an ImageError of its own
+            raise ConvLlavaError(first_line(error)) from error
+        return inputs.to(self.device, self.dtype)
 
     @property
     def context(self) -> int | None:
@@ -304,7 +309,8 @@ def open_picture(source: str | os.PathLike) -> Image.Image:
     try:
         return ConvLlavaImageProcessor().fetch_images(name)
     except (OSError, ValueError) as error:
-        raise ConvLlavaError(f"Cannot read the picture {name!r}: {first_line(error)}") from error
+        shown = name if len(name) <= 200 else f"{name[:80]}..."  # a data URL, say
+        raise ConvLlavaError(f"Cannot read the picture {shown!r}: {first_line(error)}") from error
 
 
 def load(

@@ -150,7 +150,11 @@ def _key(picture, options: Mapping[str, Any]) -> str:
         digest.update(repr((picture.mode, picture.size, palette, sorted(facts.items(), key=str))).encode())
         digest.update(picture.tobytes())
     else:
-        array = np.ascontiguousarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
+        if hasattr(picture, "detach"):
+            tensor = picture.detach().cpu()
+            digest.update(str(tensor.dtype).encode())
+            picture = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # which NumPy does not have
+        array = np.ascontiguousarray(picture)
         digest.update(repr((array.dtype, array.shape)).encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

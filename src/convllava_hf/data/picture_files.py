@@ -1,17 +1,18 @@
 """Looks at a picture in a file or in bytes and says what is wrong with it."""
 
 import functools
-import io
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+# The image processor's own way from files to RGB, so that what is found good here is what it can read.
+from ..modeling.image_utils_convllava import ImageError, image_errors, open_image, orientation_of, to_rgb
 
-EXIF_ORIENTATION = 0x0112
+
 _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 # Photographs that hold a preview or a depth map beside the picture; nothing moves in them.
 _SEVERAL_PICTURES = ("MPO",)
@@ -32,64 +33,85 @@ def stored_size(picture: Mapping[str, Any]) -> tuple[int, int] | None:
 
     The header alone is read. Of a PNG whose EXIF stands after its pixels, the size is that before turning.
     """
-    source = picture["path"] if picture.get("bytes") is None else io.BytesIO(picture["bytes"])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source) as opened:
+            with open_image(_source(picture), "to be measured") as opened:
                 size = (opened.height, opened.width)
-                exif = opened.getexif() if opened.format != "PNG" or "exif" in opened.info else {}
-                return size[::-1] if exif.get(EXIF_ORIENTATION) in _TURNED else size
-    except Exception:  # PIL's parsers let through whatever they stumble over
+                decodes = opened.format == "PNG" and "exif" not in opened.info
+                return size[::-1] if not decodes and _is_turned(opened) else size
+    except (ImageError, OSError):
         return None
 
 
 def examine(picture: Mapping[str, Any]) -> Examined:
-    """Decodes a picture, `bytes` or else a `path`, to its end."""
-    if picture.get("bytes") is None:
-        return _examine_file(picture["path"])
-    name = picture.get("path") or "a picture in the data set"
-    if not picture["bytes"]:
+    """Decodes a picture, `bytes` or else a `path`, to its end, and brings it to RGB as the image processor does."""
+    source = _source(picture)
+    if isinstance(source, str):
+        return _examine_file(source)
+    name = _printable(str(picture.get("path") or "a picture in the data set"))
+    if not isinstance(source, bytes):
+        return Examined(None, "unreadable picture", f"{name} is given as {type(picture.get('bytes')).__name__}")
+    if not source:
         return Examined(None, "empty picture", f"{name} has no bytes")
-    return _examine(io.BytesIO(picture["bytes"]), name)
+    return _examine(source, name)
+
+
+def _source(picture: Mapping[str, Any]) -> str | bytes | None:
+    """Its bytes, or else its path; `None` where they are of another type."""
+    content, path = picture.get("bytes"), picture.get("path")
+    if content is not None:
+        return bytes(content) if isinstance(content, (bytes, bytearray, memoryview)) else None
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
 
 
 @functools.lru_cache(maxsize=2**18)  # data sets ask several questions about a picture
 def _examine_file(path: str) -> Examined:
+    name = _printable(path)
     try:
         if os.path.isdir(path):
-            return Examined(None, "missing picture", f"{path} is a folder")
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return Examined(None, "empty picture", f"{path} has no bytes")
-            return _examine(file, path)
+            return Examined(None, "missing picture", f"{name} is a folder")
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            return Examined(None, "empty picture", f"{name} has no bytes")
+        return _examine(path, name)
     except FileNotFoundError:
-        return Examined(None, "missing picture", f"{path} is not there")
-    except OSError as error:
-        return Examined(None, "unreadable picture", f"{path}: {error.strerror or error}")
+        return Examined(None, "missing picture", f"{name} is not there")
 
 
-def _examine(file: BinaryIO, name: str) -> Examined:
+def _printable(path: str) -> str:
+    """A path as UTF-8 can hold it, on one line: names of files are bytes, and any of them may be in one."""
+    return " ".join(path.encode("utf-8", "backslashreplace").decode().split("\n"))
+
+
+def _examine(source: Any, name: str) -> Examined:
     size, largest = None, Image.MAX_IMAGE_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PIL warns of is either refused here or harmless
-            with Image.open(file) as picture:
+            with open_image(source, repr(name)) as picture, image_errors(repr(name)):
                 size = (picture.height, picture.width)
                 if largest is not None and size[0] * size[1] > largest:
                     raise Image.DecompressionBombError
                 frames = 1 if picture.format in _SEVERAL_PICTURES else getattr(picture, "n_frames", 1)
                 picture.draft(None, (1, 1))  # JPEG: everything is read, but less of it is transformed
                 picture.load()
-                if picture.getexif().get(EXIF_ORIENTATION) in _TURNED:
-                    size = size[::-1]
-    except UnidentifiedImageError:
-        return Examined(None, "unreadable picture", f"{name} is of no format that PIL can read")
-    except Image.DecompressionBombError:
-        pixels = f"{size[1]} x {size[0]} pixels" if size else "too many pixels"
-        return Examined(size, "gigantic picture", f"{name} has {pixels}; {largest} in all are safe")
-    except Exception as error:  # PIL's parsers let through whatever they stumble over
-        return Examined(size, "truncated picture", f"{name} cannot be decoded to its end: {error}")
+                size = size[::-1] if _is_turned(picture) else size  # a draft is smaller than the picture
+                to_rgb(picture, repr(name))
+    except ImageError as error:
+        cause = error.__cause__
+        if isinstance(cause, Image.DecompressionBombError):
+            pixels = f"{size[1]} x {size[0]} pixels" if size else "too many pixels"
+            return Examined(size, "gigantic picture", f"{name} has {pixels}; {largest} in all are safe")
+        if isinstance(cause, UnidentifiedImageError):
+            return Examined(None, "unreadable picture", f"{name} is of no format that is opened")
+        if cause is None or getattr(cause, "errno", None) is not None:  # said by us, or by the system
+            return Examined(size, "unreadable picture", str(error))
+        return Examined(size, "truncated picture", f"{name} cannot be decoded to its end: {cause}")
     if frames > 1:
         return Examined(size, "animated picture", f"{name} has {frames} frames; only the first would be seen")
     return Examined(size)
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    """Whether EXIF exchanges height and width. Of TIFF, PIL gives them as they are looked at."""
+    return picture.format != "TIFF" and orientation_of(picture) in _TURNED

@@ -8,12 +8,11 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import ConvLlavaError
 
 # The image processor's own way from any mode to RGB, so that what is drawn on is what the model sees.
-from ..modeling.image_processing_convllava import _to_picture
+from ..modeling.image_utils_convllava import ImageError, open_image, to_rgb
 from .limits import Limits
 
 
-# Others of PIL's formats start programs (EPS starts Ghostscript) or are of no use to a visitor.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_NAME = "that was uploaded"
 _NAMED = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
@@ -27,38 +26,32 @@ def read_picture(path: str | os.PathLike, limits: Limits) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is what counts here
-            with Image.open(path, formats=_formats()) as picture:
+            with open_image(path, _NAME) as picture:
                 width, height = picture.size
                 if width * height <= limits.pixels:
                     return _decode(picture, limits)
         size = f"{width} x {height}"
-    except Image.DecompressionBombError:  # PIL counts before the size can be asked
-        size = "far more"
-    except UnidentifiedImageError as error:
-        raise ConvLlavaError(
-            f"This file is no picture that can be read here, whatever its name says. Use {_NAMED}."
-        ) from error
-    except Exception as error:  # PIL's parsers let through whatever they stumble over
-        raise ConvLlavaError(
-            "This picture is damaged or incomplete and cannot be decoded. Save it again, or take another one."
-        ) from error
+    except (ImageError, OSError) as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise ConvLlavaError(
+                f"This file is no picture that can be read here, whatever its name says. Use {_NAMED}."
+            ) from error
+        if not isinstance(error.__cause__, Image.DecompressionBombError):
+            raise ConvLlavaError(
+                "This picture is damaged or incomplete and cannot be decoded. Save it again, or take another one."
+            ) from error
+        size = "far more"  # PIL counts before the size can be asked
     raise ConvLlavaError(
         f"This picture is too large: it has {size} pixels, and this page takes {limits.pixels // 1_000_000} million. "
         "Make it smaller and try again."
     )
 
 
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
 def _decode(picture: Image.Image, limits: Limits) -> Image.Image:
     side = limits.longest_side
     if picture.format == "JPEG":
         picture.draft(None, (side, side))  # decodes a large JPEG at a fraction of its size, never below this one
-    picture.load()
-    picture = _to_picture(picture, None, True)
+    picture = to_rgb(picture, _NAME)
     if max(picture.size) > side:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     return picture

@@ -28,6 +28,7 @@ _MODELING = (
     "__init__.py",
     "configuration_convllava.py",
     "image_processing_convllava.py",
+    "image_utils_convllava.py",
     "modeling_convllava.py",
     "processing_convllava.py",
 )

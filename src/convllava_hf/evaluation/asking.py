@@ -1,7 +1,6 @@
 """Asks a model a batch of questions: greedy answers, or the likelihood of each option."""
 
 import copy
-import io
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
+from ..data.picture_files import stored_size
 from ..errors import first_line
 from ..inference import Assistant, assistant_turn, prompt_inputs
 from ..modeling.processing_convllava import ConvLlavaProcessor
@@ -132,10 +131,10 @@ class Asker:
     def _visual_tokens(self, sample: Sample) -> int:
         """By the file's header alone."""
         try:
-            given = self.source.picture_of(sample)
-            with Image.open(io.BytesIO(given["bytes"]) if given["bytes"] else given["path"]) as picture:
-                size = (picture.height, picture.width)
+            size = stored_size(self.source.picture_of(sample))
         except _UNREADABLE:
+            size = None
+        if size is None:
             return 0  # what is wrong with it is told when it is asked about
         counted = self._processor._get_num_multimodal_tokens(image_sizes=[size], **self.images_kwargs)
         return counted.num_image_tokens[0]
@@ -144,9 +143,7 @@ class Asker:
         return sample.stem if self.likelihood and sample.choices else sample.prompt
 
     def _seen(self, picture) -> Seen:
-        turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF: height and width are exchanged
-        width, height = picture.size[::-1] if turned else picture.size
-        return Seen(width, height, padded=self._mode == "pad")
+        return Seen(*picture.size, padded=self._mode == "pad")
 
     def _encode(self, batch: Batch, conversations: list[list[dict]]) -> None:
         """Fills `inputs`, and leaves out samples whose picture cannot be decoded after all, or which are too long."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
 from ..pages import write_whole
@@ -50,7 +50,6 @@ def thumbnail(source: Source, row: Row) -> str:
     """A sample's picture, upright and small: a JPEG in base64."""
     sample = Sample(row["id"], row["row"], row["question"], (), picture=row.get("picture_key"))
     picture = ConvLlavaImageProcessor().fetch_images(source.picture_of(sample))
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=_QUALITY)

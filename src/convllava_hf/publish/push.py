@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import ConvLlavaError, first_line
+from ..modeling.image_utils_convllava import ImageError, open_image, to_rgb
 from .card import CardInput, render_card
 from .checks import Shown, ask_as_a_stranger, check_files
 from .facts import About
@@ -149,15 +150,15 @@ def _stage_example(staged: Staged, number: int, picture: str | os.PathLike, ques
     if not question.strip():
         raise ConvLlavaError(f"The example {os.fspath(picture)!r} comes without a question.")
     try:
-        with Image.open(picture) as opened:
+        with open_image(picture, repr(os.fspath(picture))) as opened:
             if opened.width * opened.height > _MAX_EXAMPLE_PIXELS:
                 raise ConvLlavaError(
                     f"The example {os.fspath(picture)!r} has {opened.width} x {opened.height} pixels, too many for a "
                     "page: make it smaller."
                 )
             suffix = "jpg" if opened.format in ("JPEG", "MPO") else "png"
-            pixels = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            pixels = to_rgb(opened, repr(os.fspath(picture)))
+    except (OSError, ImageError) as error:
         raise ConvLlavaError(f"Cannot read the picture {os.fspath(picture)!r}: {first_line(error)}") from error
     shown = Shown(" ".join(question.split()), f"examples/example-{number}.{suffix}")
     path = staged.folder / str(shown.name)
