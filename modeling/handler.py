@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import reprlib
 import socket
 import ssl
 import threading
@@ -57,6 +58,9 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 _CONNECT_SECONDS = 5.0  # to one address; then the next is tried
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PRIVATE_USE = re.compile("[\U000f0000-\U000fffff]")  # transformers marks with these what a user typed
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which JSON can write alone, and UTF-8 and tokenizers cannot
+# What a chat template raises of messages that it does not expect: its own errors and those of Python's operators.
+_REFUSED = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # IPv6 outside of it is no host's or wraps an IPv4 address
 # Beyond what `is_global` knows: protocol assignments (older Pythons let some pass), the two ways to wrap an IPv4
 # address that are global themselves, 6to4's relays, and the address at which Azure's host answers its machines.
@@ -146,6 +150,8 @@ class EndpointHandler:
             inputs, parameters = self._read_request(data)
         except RequestError as error:
             return _as_body(error)
+        except RecursionError:
+            return _as_body(_too_deep())
         answers = [self._answer(entry, parameters) for entry in (inputs if _is_several(inputs) else [inputs])]
         return answers if _is_several(inputs) else answers[0]
 
@@ -174,6 +180,9 @@ class EndpointHandler:
             return self._generate(inputs, options)
         except RequestError as error:
             return _as_body(error)
+        except RecursionError:
+            logger.warning("A request was too deep for Python's stack.")
+            return _as_body(_too_deep())
         except torch.OutOfMemoryError:
             logger.exception("A request did not fit into memory.")
             torch.cuda.empty_cache()
@@ -196,10 +205,12 @@ class EndpointHandler:
             return self.processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
-        except (TemplateError, ValueError) as error:  # of roles in an order that the language model does not know, say
+        except _REFUSED as error:  # of roles in an order that the language model does not know, say
             if type(error).__name__ == "ImageError":  # of the image processor, whose code came with the checkpoint
                 raise RequestError(415, str(error)) from error
-            raise RequestError(400, f"The conversation cannot be written for this model: {error}") from error
+            logger.warning("A conversation could not be written.", exc_info=True)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RequestError(400, f"The conversation cannot be written for this model: {reason}") from error
 
     @torch.inference_mode()
     def _generate(self, inputs, options: dict) -> dict:
@@ -231,6 +242,10 @@ class EndpointHandler:
 
 def _as_body(error: RequestError) -> dict:
     return {"error": str(error), "status": error.status}
+
+
+def _too_deep() -> RequestError:
+    return RequestError(400, "The request nests lists or objects too deep.")
 
 
 def _is_several(inputs) -> bool:
@@ -357,6 +372,10 @@ def _parts(content, number: int) -> list[tuple[str, str]]:
         if not isinstance(value, str):
             wanted = "text" if kind == "text" else "URL or base64"
             raise RequestError(400, f"Message {number} has a part of type {kind} without a {wanted}.")
+        if half := _SURROGATE.search(value):
+            raise RequestError(
+                400, f"Message {number} has a part of type {kind} with half a surrogate pair, {_shown(half[0])}."
+            )
         if kind == "text" and parts and parts[-1][0] == "text":
             parts[-1] = ("text", parts[-1][1] + value)
         elif value or kind == "image":
@@ -584,5 +603,8 @@ def _undecodable(source: str, error: Exception) -> RequestError:
 
 def _shown(value) -> str:
     """A value for a message, not too long and without a data URL's data."""
-    text = repr(value)
+    try:
+        text = repr(value) if isinstance(value, str) else reprlib.repr(value)  # which goes six levels deep
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:60]}..."

@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_picture, make_processor
+from jinja2 import TemplateError
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from convllava_hf.data.conversations import SampleError
 from convllava_hf.data.pictures import PictureError, SafePictureCollator
 from convllava_hf.errors import ConvLlavaError
 
@@ -184,3 +186,144 @@ def test_with_trls_collator(processor, dataset):
     assert "pixel_values" not in text_only
     labels = text_only["labels"][0]
     assert processor.tokenizer.decode(labels[labels != -100]) == " It.</s>"
+
+
+# --- faults that show only after pictures are opened
+
+
+class Demanding(Pictures):
+    """Has a fault of its own for some samples, wherever they stand, and counts how often it is called."""
+
+    def __init__(self, processor, faults: dict[int, Exception]):
+        super().__init__(processor)
+        self.faults = faults
+        self.calls = 0
+
+    def __call__(self, examples):
+        self.calls += 1
+        for example in examples:
+            if example["sample"] in self.faults:
+                raise self.faults[example["sample"]]
+        assert all(set(example) == {"sample", "messages", "images"} for example in examples)
+        return super().__call__(examples)
+
+
+FAULTS = {
+    "too long": (ValueError("Prompt 2 is 9000 tokens long, and it would keep only 3 visual tokens."), PictureError),
+    "memory": (MemoryError(), PictureError),
+    "template": (TemplateError("System role\nnot supported"), SampleError),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_one_sample_is_found_in_its_batch(processor, dataset, name, caplog):
+    fault, kind = FAULTS[name]
+    key = "on_bad_sample" if kind is SampleError else "on_bad_picture"
+    with pytest.raises(kind, match=f"Sample 2 .*{key}: skip") as caught:
+        SafePictureCollator(Demanding(processor, {2: fault}), dataset)(dataset[:3])
+    assert "\n" not in str(caught.value) and (kind is SampleError or "2.png" in str(caught.value))
+    policies = {"policy": "error", "sample_policy": "skip"} if kind is SampleError else {"policy": "skip"}
+    demanding = Demanding(processor, {2: fault, 4: fault})
+    collator = SafePictureCollator(demanding, dataset, **policies)
+    chosen = samples(collator([dataset[index] for index in (0, 1, 2, 4, 6)]))
+    assert (chosen[:2], chosen[4]) == ([0, 1], 6)
+    assert all(other % 5 and other not in (2, 3, 4, 7) for other in chosen[2:4])
+    assert collator.skipped == 2 and sum("Sample 2 " in record.getMessage() for record in caplog.records) == 1
+    # Wherever it stands and beside whatever: the same choice.
+    other = SafePictureCollator(Demanding(processor, {2: fault, 4: fault}), dataset, **policies)
+    assert samples(other([dataset[2]])) == chosen[2:3]
+    # Nothing is tried where nothing is wrong.
+    demanding.calls = 0
+    collator(dataset[8:10])
+    assert demanding.calls == 1
+
+
+def test_the_bound_of_refused_samples(processor, dataset):
+    fault = TemplateError("no")
+    demanding = Demanding(processor, dict.fromkeys((1, 2, 4), fault))
+    collator = SafePictureCollator(demanding, dataset, sample_policy="skip", max_bad_samples=2)
+    collator(dataset[1:3])
+    with pytest.raises(SampleError, match="3 samples cannot be used.*allows 2.*max_bad_samples.*Sample 4 "):
+        collator(dataset[4:5])
+
+
+def test_a_fault_of_the_program_is_raised_as_it_is(processor, dataset):
+    """Nobody is skipped for it."""
+    for row in dataset:
+        row["messages"] = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    for error in (KeyError("labels"), TypeError("unexpected keyword"), AssertionError()):
+        collator = SafePictureCollator(Demanding(processor, {1: error, 2: error}), dataset, "skip", 100, "skip")
+        with pytest.raises(type(error)):
+            collator(dataset[:3])
+        assert collator.skipped == 0
+
+
+def test_whatever_opening_or_preparing_raises(processor, dataset, tmp_path, monkeypatch):
+    """Of PIL's parsers: of one picture while it is opened, of another while it is prepared."""
+    fetch, prepare = type(processor.image_processor).fetch_images, type(processor.image_processor).preprocess
+
+    def fetching(self, image):
+        if isinstance(image, dict) and str(image["path"]).endswith("/1.png"):
+            raise IndexError("index out of range")
+        return fetch(self, image)
+
+    def preparing(self, images, **kwargs):
+        if any(getattr(image, "height", 0) == 22 for image in images):  # that of sample 2
+            raise TypeError("an integer is required")
+        return prepare(self, images, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "fetch_images", fetching)
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", preparing)
+
+    class Preparing(Pictures):
+        def __call__(self, examples):
+            for example in examples:
+                if example["images"]:
+                    self.processor.image_processor(example["images"])
+            return super().__call__(examples)
+
+    collator = SafePictureCollator(Preparing(processor), dataset, policy="skip")
+    assert not set(samples(collator(dataset[:4]))) & {1, 2, 3} and collator.skipped == 3
+    for index, says in ((1, "cannot be read: index"), (2, "cannot be prepared .*2.png.*: an integer")):
+        with pytest.raises(PictureError, match=f"Sample {index} has a picture that {says}"):
+            SafePictureCollator(Preparing(processor), dataset)(dataset[index : index + 1])
+
+
+def test_pictures_too_different_for_one_batch(dataset):
+    """Each is good alone. The one that makes the batch enormous is left out of it, and no other."""
+    processor = make_processor(image_aspect_ratio="native", max_pixels=64 * 64 * 600)
+    for index, size in ((1, (64, 64 * 400)), (2, (64 * 300, 64))):
+        Image.new("RGB", size[::-1]).save(dataset[index]["images"][0]["path"])
+
+    class Preparing(Pictures):
+        def __call__(self, examples):
+            if pictures := [picture for example in examples for picture in example["images"]]:
+                self.processor.image_processor(pictures)
+            return super().__call__(examples)
+
+    collator = SafePictureCollator(Preparing(processor), dataset[:10], policy="skip")
+    chosen = samples(collator([dataset[index] for index in (4, 1, 2, 6)]))
+    assert chosen[0] == 4 and chosen[2:] == [2, 6] and chosen[1] != 1
+    assert collator.skipped == 1
+    assert samples(collator([dataset[1], dataset[0]])) == [1, 0]
+    with pytest.raises(ValueError, match="padded to"):
+        SafePictureCollator(Preparing(processor), dataset)(dataset[1:3])
+
+
+def test_too_many_visual_tokens_through_trls_collator(processor, dataset):
+    pytest.importorskip("trl")
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    for row in dataset:
+        if row["sample"] == 2:
+            row["images"] = row["images"] * 30
+        question = [{"type": "image", "text": None}] * len(row["images"]) + [{"type": "text", "text": "What?"}]
+        answer = [{"type": "text", "text": "It. " * 100}]
+        row["messages"] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    trl_collator = DataCollatorForVisionLanguageModeling(processor, max_length=100, assistant_only_loss=True)
+    collator = SafePictureCollator(trl_collator, dataset, policy="skip")
+    batch = collator(dataset[0:3])
+    assert batch["input_ids"].shape == (3, 100) and batch["pixel_values"].shape[0] == 2
+    assert collator.skipped == 1
+    with pytest.raises(PictureError, match="Sample 2 has 30 pictures.*visual tokens.*on_bad_picture"):
+        SafePictureCollator(trl_collator, dataset)(dataset[0:3])

@@ -2,8 +2,10 @@
 
 import ast
 import base64
+import inspect
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -302,6 +304,18 @@ def test_parameters_reach_generate(handler, monkeypatch):
         assert seen.pop() == told
 
 
+def nested(depth: int) -> list:
+    """Lists within each other: 960 are as many as Python's own JSON parser just takes."""
+    within: list = []
+    for _ in range(depth - 1):
+        within = [within]
+    return within
+
+
+NESTED = nested(960)
+HALF = json.loads('"\\ud83d"')  # of a surrogate pair, which JSON can write
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -316,6 +330,9 @@ def test_parameters_reach_generate(handler, monkeypatch):
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"temperature": 10**400}, "temperature is"),
         ({"do_sample": "yes"}, "do_sample is 'yes'; expected true or false"),
+        ({"max_new_tokens": 10**5000}, "max_new_tokens is a int; expected a whole number"),
+        ({"temperature": NESTED}, "temperature is [[[[[[[...]]]]]]]; expected a number"),
+        ({"\ud83d": NESTED}, "Unknown parameters: ['\\ud83d']"),
         ({"logits_processor": []}, "Unknown parameters: ['logits_processor']. Known are max_new_tokens, do_sample"),
         (["max_new_tokens"], "`parameters` must be a JSON object"),
     ],
@@ -390,6 +407,14 @@ BAD = {
     "late system": ({"inputs": [user(text("a")), {"role": "system", "content": "b"}]}, 400, "role 'system'"),
     "role is a list": ({"inputs": [{"role": ["user"], "content": "a"}]}, 400, "role ['user']"),
     "message is a text": ({"inputs": {"messages": ["a"]}}, 400, "Message 1 has the role None"),
+    "role nested deep": ({"inputs": [{"role": NESTED, "content": "a"}]}, 400, "Message 1 has the role [[["),
+    "content nested deep": ({"inputs": [{"role": "user", "content": {"a": NESTED}}]}, 400, "the content {'a': [[["),
+    "type nested deep": ({"inputs": [user({"type": NESTED})]}, 400, "part of type [[["),
+    "inputs nested deep": ({"inputs": {"messages": NESTED}}, 400, "Message 1 has the role None"),
+    "half a pair": ({"inputs": f"caf{HALF}"}, 400, "half a surrogate pair, '\\ud83d'"),
+    "half a pair in a picture": ({"inputs": about(HALF)}, 400, "part of type image with half a surrogate pair"),
+    "half a pair in a URL": ({"inputs": about(f"https://{HALF}.org/a")}, 400, "half a surrogate pair"),
+    "half a pair in an answer": ({"inputs": [{"role": "assistant", "content": HALF}, user()]}, 400, "Message 1 has a"),
     "answer last": ({"inputs": [{"role": "assistant", "content": "a"}]}, 400, "last message must be the user's"),
 }
 
@@ -407,6 +432,75 @@ def test_bad_input_gets_a_clear_answer_and_the_next_request_works(handler, name,
     assert not prompts, "what is refused costs nothing"
     following = handler({"inputs": ASKED, "parameters": {"max_new_tokens": 2}})
     assert following["generated_tokens"] == 2
+
+
+@pytest.mark.parametrize("frames", [0, 60, 300, 600, 850])
+def test_however_little_of_the_stack_is_left(handler, frames):
+    """A server calls the handler some frames deep."""
+
+    def call(request, depth: int):
+        return call(request, depth - 1) if depth else handler(request)
+
+    used = len(inspect.stack(0))
+    for name in ("role nested deep", "content nested deep", "type nested deep", "half a pair"):
+        assert call(BAD[name][0], max(0, frames - used))["status"] == 400
+    assert call({"inputs": "a", "parameters": {"temperature": NESTED}}, max(0, frames - used))["status"] == 400
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "{{ raise_exception('no such\nrole') }}",
+        "{{ messages[0]['content'] + 'a' }}",  # TypeError: content is a list
+        "{{ messages[5]['role'] }}",  # UndefinedError
+        "{{ 1 // 0 }}",
+        "{{ messages | first | attr('nothing') + 1 }}",
+    ],
+)
+def test_what_the_chat_template_raises_is_an_answer(handler, refusal, monkeypatch):
+    monkeypatch.setattr(handler.processor, "chat_template", refusal)
+    answer = handler({"inputs": ASKED})
+    assert answer["status"] == 400 and "\n" not in answer["error"]
+    assert answer["error"].startswith("The conversation cannot be written for this model: ")
+
+
+def test_anything_that_json_can_say_is_answered(handler, monkeypatch):
+    """Requests put together at random from what the handler looks at; nothing is fetched or generated."""
+    rng = random.Random(0)
+    atoms = [
+        None, True, 0, 5, -1, 1.5, float("nan"), float("inf"), 10**400, "", "a", "user", "system", HALF, "\0",
+        "<image>", "https://x y/", "http://[::1", "data:,", "data:image/png;base64,!", "a" * 70, NESTED, [], {},
+        user(text("a")), {"role": "user"}, {"role": "assistant", "content": "a"}, {"type": "text"}, {"type": "image"},
+        {"type": "image", "image": ENCODED}, {"type": "image_url", "image_url": {"url": 5}}, "file:///etc/passwd",
+    ]  # fmt: skip
+    keys = ["inputs", "parameters", "messages", "role", "content", "type", "text", "image", "question", "image_url"]
+    keys += ["url", "temperature", "max_new_tokens", "do_sample", HALF]
+
+    def value(depth: int):
+        if depth == 0 or rng.random() < 0.4:
+            return rng.choice(atoms)
+        if rng.random() < 0.5:
+            return [value(depth - 1) for _ in range(rng.randrange(4))]
+        return {rng.choice(keys): value(depth - 1) for _ in range(rng.randrange(5))}
+
+    def unreachable(self):
+        raise OSError("there is no network")
+
+    reader = handler._answer.__func__.__globals__["_Request"]
+    monkeypatch.setattr(reader, "_connect", unreachable)
+    monkeypatch.setattr(handler, "_generate", lambda inputs, options: {"status": 200})
+    seen = set()
+    for number in range(1500):
+        request = [value(4), {"inputs": value(4), "parameters": value(2)}, {"inputs": [value(3), user(value(2))]}][
+            number % 3
+        ]
+        answer = handler(request)
+        for one in answer if isinstance(answer, list) else [answer]:
+            seen.add(one["status"])
+            assert one["status"] in (200, 400, 413, 415, 424), (one, request)
+            assert len(one.get("error", "")) < 400
+            json.dumps(one, ensure_ascii=False).encode()
+    assert {200, 400} <= seen
 
 
 def test_a_hundred_messages_are_answered(handler, expected):

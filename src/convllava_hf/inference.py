@@ -36,6 +36,7 @@ from .memory import Glance, Memory
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
+from .texts import check_text
 from .trust import from_checkpoint, pickled_code
 
 
@@ -265,8 +266,12 @@ class _AnswerStream(BaseStreamer):
 
 
 def system_turn(text: str) -> dict[str, Any]:
-    """The conversation's first entry, where the chat template's own system message will not do."""
-    return {"role": "system", "content": [{"type": "text", "text": text}]}
+    """The conversation's first entry, where the chat template's own system message will not do.
+
+    Raises:
+        ConvLlavaError: UTF-8 cannot hold the text.
+    """
+    return {"role": "system", "content": [{"type": "text", "text": check_text(text, "The system message")}]}
 
 
 def assistant_turn(text: str) -> dict[str, Any]:
@@ -278,9 +283,10 @@ def user_turn(text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]
     """A question about pictures. They stand before the text, or where the text says `<image>`.
 
     Raises:
-        ConvLlavaError: the text says `<image>` a number of times that is not the number of pictures.
+        ConvLlavaError: the text says `<image>` a number of times that is not the number of pictures, or UTF-8 cannot
+            hold it.
     """
-    texts = text.split(IMAGE_TOKEN)
+    texts = check_text(text, "The question").split(IMAGE_TOKEN)
     if len(texts) == 1:
         texts = [""] * len(pictures) + texts
     if len(texts) != len(pictures) + 1:

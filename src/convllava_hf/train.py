@@ -76,6 +76,7 @@ def train(
         datasets=data.datasets,
         boxes=data.boxes,
         seed=training.seed,
+        bad_samples=data.bad_samples,
     )
     model = _load_model(model_config, training.trust_remote_code)
     if not model_config.use_peft:
@@ -92,6 +93,8 @@ def train(
             peft_config=get_peft_config(model_config),
             on_bad_picture=data.on_bad_picture,
             max_bad_pictures=data.max_bad_pictures,
+            on_bad_sample=data.on_bad_sample,
+            max_bad_samples=data.max_bad_samples,
         )
     except (ImportError, OSError, ValueError) as error:  # of settings that only TRL and transformers know
         if isinstance(error, ConvLlavaError):
@@ -125,6 +128,7 @@ def _evaluation_data(data: DataArguments, training: TrainingArguments):
         image_folder=data.image_folder,
         boxes=data.boxes,
         seed=training.seed,
+        bad_samples=data.new_bad_samples(),
     )
 
 

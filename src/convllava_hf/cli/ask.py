@@ -3,7 +3,16 @@
 import argparse
 import json
 
-from .common import MODEL_HELP, add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
+from ..texts import storable
+from .common import (
+    MODEL_HELP,
+    add_generation_arguments,
+    add_picture_arguments,
+    check_texts,
+    load_assistant,
+    picture_options,
+    show,
+)
 
 
 def register(subparsers) -> None:
@@ -29,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     # All that can be refused is refused before the weights are read.
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+    check_texts(args, "question", "system")
     messages = [system_turn(args.system)] if args.system else []
     messages.append(user_turn(args.question, [open_picture(args.image)]))
     checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
@@ -57,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
         "device": str(assistant.device),
         "dtype": str(assistant.dtype).removeprefix("torch."),
     }
-    print(json.dumps(report, ensure_ascii=False))
+    print(storable(json.dumps(report, ensure_ascii=False)))  # a path need not be UTF-8
     return 0

@@ -6,7 +6,16 @@ import sys
 from collections.abc import Iterator
 
 from ..errors import ConvLlavaError
-from .common import MODEL_HELP, add_generation_arguments, add_picture_arguments, load_assistant, picture_options, show
+from ..texts import storable
+from .common import (
+    MODEL_HELP,
+    add_generation_arguments,
+    add_picture_arguments,
+    check_texts,
+    load_assistant,
+    picture_options,
+    show,
+)
 
 
 HELP = """\
@@ -38,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from ..picture_options import check_picture_options
 
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+    check_texts(args, "system")
     pictures = [open_picture(args.image)] if args.image else []
     checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     check_picture_options(checkpoint, picture_options(args))
@@ -119,6 +129,9 @@ def _lines() -> Iterator[str]:
         prompt = "> "
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits the line and remembers earlier ones)
+    if hasattr(sys.stdin, "reconfigure"):
+        # A line that is not UTF-8 is refused as a question is, and does not end the chat; a path may be of any bytes.
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             yield input(prompt)
@@ -129,4 +142,4 @@ def _lines() -> Iterator[str]:
 
 
 def _say(message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
+    print(storable(" ".join(message.split())), file=sys.stderr)

@@ -5,6 +5,7 @@ import sys
 from importlib.util import find_spec
 
 from ..errors import ConvLlavaError
+from ..texts import check_text
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -107,6 +108,17 @@ def temperature(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
     return value
+
+
+def check_texts(args: argparse.Namespace, *names: str) -> None:
+    """Refuses bytes that are not UTF-8 in arguments that are texts, not paths.
+
+    Raises:
+        ConvLlavaError: names the argument.
+    """
+    for name in names:
+        if (text := getattr(args, name)) is not None:
+            check_text(text, f"--{name}" if name == "system" else name.upper())
 
 
 def load_assistant(args: argparse.Namespace, checkpoint: str | None = None):

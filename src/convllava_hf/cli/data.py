@@ -47,6 +47,11 @@ def _register_check(commands) -> None:
         help="problems of a kind to show (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "--write-clean",
+        metavar="NEW",
+        help="write the samples in which nothing wrong was found to a new .json or .jsonl file; FILE must be one too",
+    )
     add_picture_arguments(parser)
     add_trust_argument(parser)
     parser.set_defaults(run=run_check)
@@ -90,8 +95,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     from ..data.checking import check_data
+    from ..data.cleaning import CleanFile
 
     _be_quiet()
+    clean = None if args.write_clean is None else CleanFile(args.file, args.write_clean)
     report = check_data(
         args.file,
         args.images,
@@ -105,12 +112,16 @@ def run_check(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
         trust_remote_code=args.trust_remote_code,
     )
+    written = None if clean is None else clean.write(report)
     told = report.as_dict()
     told["boxes"] |= {"declared": args.boxes, "warning": report.boxes.warning(args.boxes)}
     if args.json:
-        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **told}))
+        more = {} if clean is None else {"clean_file": args.write_clean, "clean_samples": written}
+        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **told, **more}))
     else:
         print("\n".join(_table(args, told)))
+        if clean is not None:
+            print(f"\nWrote {written:,} of {report.samples:,} samples to {_printable(args.write_clean)}")
     return 0 if report.clean else 1
 
 

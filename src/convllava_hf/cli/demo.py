@@ -2,7 +2,7 @@
 
 import argparse
 
-from .common import MODEL_HELP, add_generation_arguments, errors_alone, positive_int, quiet_unless_watched
+from .common import MODEL_HELP, add_generation_arguments, check_texts, errors_alone, positive_int, quiet_unless_watched
 
 
 def register(subparsers) -> None:
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from ..demo.limits import Limits
     from ..demo.serving import serve
 
+    check_texts(args, "system")
     quiet_unless_watched()
     errors_alone()
     longest = max(Limits.answer_tokens, args.max_new_tokens)  # visitors may choose as much as who shows the page does

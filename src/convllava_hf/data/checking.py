@@ -12,9 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import ConvLlavaError
+from ..errors import ConvLlavaError, first_line
 from ..picture_options import with_picture_options
-from .conversations import SampleError, pictures_of, sample_of
+from ..texts import storable
+from .conversations import SampleError, identity_of, pictures_of, sample_of
 from .paths import PictureFolder, located
 from .picture_files import examine
 from .reading import BrokenFileError, SampleFile
@@ -48,11 +49,11 @@ class SampleChecker:
         report = Report(self.examples, tokens=None if self.count_tokens is None else Tokens())
         for index, record in samples:
             problems = list(self._problems(record, report))
-            identity = record.get("id") if isinstance(record, dict) else None
             for kind, detail in problems:
-                report.add_problem(Problem(kind, detail, index, None if identity is None else str(identity)))
+                report.add_problem(Problem(kind, storable(detail), index, identity_of(record)))
             report.samples += 1
-            report.bad_samples += bool(problems)
+            if problems:
+                report.bad.append(index)
         return report
 
     def _problems(self, record: Any, report: Report) -> Iterator[tuple[str, str]]:
@@ -89,14 +90,18 @@ class SampleChecker:
             yield from (problem for problem in found if problem[0] not in blameless)
 
     def _token_problems(self, messages: list[dict], sizes: list, report: Report) -> Iterator[tuple[str, str]]:
-        tokens, supervised = self.count_tokens(messages, sizes)
+        try:
+            tokens, left = self.count_tokens.count(messages, sizes)
+        except Exception as error:  # a chat template raises whatever its expressions stumble over
+            yield "refused by the template", first_line(error)
+            return
         report.tokens.add(tokens)
-        if tokens.total > self.max_length:
-            yield (
-                "too long",
-                f"It has {tokens.total} tokens, {tokens.visual} of them visual; the limit is {self.max_length}",
-            )
-        if not supervised:
+        counts = f"It has {tokens.total} tokens, {tokens.visual} of them visual; the limit is {self.max_length}"
+        if left.visual < tokens.visual:  # training cuts texts, but no picture
+            yield "too many visual tokens", counts
+        elif tokens.total > self.max_length:
+            yield "too long", counts
+        if not left.supervised:
             within = f" within the first {self.max_length} tokens" if tokens.supervised else ""
             yield "no supervised token", f"There is nothing to learn{within}"
 

@@ -4,9 +4,11 @@ Pictures that a table holds as bytes stay where they are, in files that are mapp
 anew.
 """
 
+import functools
 import inspect
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import datasets as hf
@@ -15,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
-from . import conversations, paths
-from .conversations import SampleError, pictures_of, sample_of
+from .. import texts
+from . import conversations, paths, reading
+from .bad_samples import BadSamples, with_remedy
+from .conversations import OTHER_MEDIA, SampleError, identity_of, pictures_of, sample_of
 from .paths import PictureFolder, located
 
 
@@ -33,12 +37,20 @@ FEATURES = hf.Features(
         "sample": hf.Value("int64"),
     }
 )
+# Between reading and training, rows have what is wrong with them as well: kind and message in JSON, or nothing. So a
+# cached result still tells what is to be left out.
+FAULT = {"fault": hf.Value("string")}
 # Part of the names of cached results, so that another version of this code does not find them.
-CODE = Hasher.hash([inspect.getsource(module) for module in (conversations, paths, sys.modules[__name__])])
+CODE = Hasher.hash(
+    [inspect.getsource(module) for module in (texts, conversations, paths, reading, sys.modules[__name__])]
+)
 
 
-def training_row(record: Mapping, sample: int, folder: PictureFolder, source: str) -> dict[str, Any]:
-    """A row of `FEATURES` from a record of any form.
+def training_row(record: Any, sample: int, folder: PictureFolder, source: str, policy: str) -> dict[str, Any]:
+    """A row of `FEATURES` and `FAULT` from a record of any form.
+
+    Args:
+        policy: for a sample that cannot be used: `"error"`, or `"skip"` for a row with a fault.
 
     Raises:
         SampleError: naming source, sample and id.
@@ -47,14 +59,45 @@ def training_row(record: Mapping, sample: int, folder: PictureFolder, source: st
         row = sample_of(record)
         pictures = [located(picture, folder) for picture in row["images"]]
     except SampleError as error:
-        raise SampleError(error.kind, f"{source}, {name_of(sample, record)}: {error}") from None
-    return {"messages": row["messages"], "images": pictures, "sample": sample}
+        fault = _fault(error, source, sample, record, policy)
+        return {"messages": [], "images": [], "sample": sample, "fault": fault}
+    return {"messages": row["messages"], "images": pictures, "sample": sample, "fault": None}
+
+
+def _fault(error: SampleError, source: str, sample: int, record: Any, policy: str) -> str:
+    named = SampleError(error.kind, texts.storable(f"{source}, {name_of(sample, record)}: {error}"))
+    if policy == "error":
+        raise with_remedy(named) from None
+    return json.dumps([named.kind, str(named)])
 
 
 def name_of(sample: int, record: Any) -> str:
     """How messages name a sample: its index, and its id where it has one."""
-    identity = record.get("id") if isinstance(record, Mapping) else None
-    return f"sample {sample}" if identity in (None, "") else f"sample {sample} ({identity})"
+    identity = identity_of(record)
+    return f"sample {sample}" if identity is None else f"sample {sample} ({identity})"
+
+
+def without_faults(dataset: hf.Dataset, bad: BadSamples) -> hf.Dataset:
+    """The rows that can be used, with the columns of training; the others go to `bad`."""
+    if "fault" in dataset.column_names:
+        is_good = pc.is_null(dataset.data.column("fault"))
+        if len(good := pc.indices_nonzero(is_good)) < len(dataset):
+            for index in pc.indices_nonzero(pc.invert(is_good)).to_pylist():
+                bad.note(*json.loads(dataset.data.column("fault")[index].as_py()))
+            dataset = dataset.select(good.to_pylist())
+    return dataset.select_columns(list(COLUMNS))
+
+
+def streamed_without_faults(dataset: hf.IterableDataset, bad: BadSamples) -> hf.IterableDataset:
+    """The same of rows that come while training."""
+    return dataset.filter(_can_be_used, fn_kwargs={"bad": bad}).select_columns(list(COLUMNS))
+
+
+def _can_be_used(row: dict, bad: BadSamples) -> bool:
+    if row["fault"] is None:
+        return True
+    bad.note_streamed(*json.loads(row["fault"]))
+    return False
 
 
 def check_columns(columns: list[str] | None, source: str) -> None:
@@ -71,32 +114,48 @@ def check_columns(columns: list[str] | None, source: str) -> None:
         )
 
 
-def streamed_columns(dataset: hf.IterableDataset, folder: PictureFolder, source: str) -> hf.IterableDataset:
-    """The columns of training, made as rows come."""
+def streamed_columns(
+    dataset: hf.IterableDataset, folder: PictureFolder, source: str, policy: str
+) -> hf.IterableDataset:
+    """The columns of training and their faults, made as rows come."""
     if dataset.features is not None:
         dataset = dataset.decode(False)
     return dataset.map(
         _streamed_row,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=FEATURES,
-        fn_kwargs={"folder": folder, "source": source},
+        features=hf.Features({**FEATURES, **FAULT}),
+        fn_kwargs={"folder": folder, "source": source, "policy": policy},
     )
 
 
-def mapped_columns(dataset: hf.Dataset, folder: PictureFolder, source: str) -> hf.Dataset:
-    """The columns of training of a data set in files that are mapped into memory."""
+def mapped_columns(dataset: hf.Dataset, folder: PictureFolder, source: str, policy: str) -> hf.Dataset:
+    """The columns of training, and their faults where they have some, of a data set in files that are mapped into
+    memory."""
     texts = dataset.select_columns([name for name in dataset.column_names if name in (*TEXT_COLUMNS, "id")])
-    pictures, counts = _pictures(dataset, folder, source)
+    pictures, counts = _pictures(dataset, folder, source, policy)
     texts = texts.map(
         _row_of_texts,
         with_indices=True,
         remove_columns=texts.column_names,
-        features=hf.Features({name: FEATURES[name] for name in ("messages", "sample")}),
-        fn_kwargs={"counts": np.asarray(counts), "source": source, "code": CODE},
+        features=hf.Features({**{name: FEATURES[name] for name in ("messages", "sample")}, **FAULT}),
+        fn_kwargs={
+            "counts": np.asarray(counts),
+            "media": _other_media(dataset),
+            "source": source,
+            "policy": policy,
+            "code": CODE,
+        },
         desc=f"Reading {source}",
     )
-    return hf.concatenate_datasets([texts, pictures], axis=1).select_columns(list(COLUMNS))
+    if "fault" in pictures.column_names:
+        faults = pc.coalesce(pictures.data.column("fault"), texts.data.column("fault"))
+        table = hf.table.InMemoryTable(pa.table({"fault": faults}))
+        merged = _as_dataset(table, hf.Features(FAULT), texts, "faults")
+        parts = [texts.remove_columns("fault"), pictures.remove_columns("fault"), merged]
+    else:
+        parts = [texts, pictures]
+    return hf.concatenate_datasets(parts, axis=1)
 
 
 def with_constant(dataset: hf.Dataset | hf.IterableDataset, name: str, value: str) -> hf.Dataset | hf.IterableDataset:
@@ -119,20 +178,44 @@ def _with_value(row: dict, name: str, value: str) -> dict:
     return {**row, name: value}
 
 
-def _streamed_row(record: dict, index: int, folder: PictureFolder, source: str) -> dict:
+def _streamed_row(record: dict, index: int, folder: PictureFolder, source: str, policy: str) -> dict:
     check_columns(list(record), source)
-    return training_row(record, index, folder, source)
+    return training_row(record, index, folder, source, policy)
 
 
-def _row_of_texts(record: dict, index: int, counts: np.ndarray, source: str, code: str) -> dict:
+def _row_of_texts(
+    record: dict, index: int, counts: np.ndarray, media: dict[str, np.ndarray], source: str, policy: str, code: str
+) -> dict:
     placeholder = {"bytes": b"", "path": None}
-    record = {**record, "images": [placeholder] * int(counts[index])}
-    row = training_row(record, index, PictureFolder(None), source)
-    return {"messages": row["messages"], "sample": row["sample"]}
+    if counts[index] < 0:  # of pictures with a fault, which is known already
+        return {"messages": [], "sample": index, "fault": None}
+    there = {name: "a file" for name, is_there in media.items() if is_there[index]}
+    record = {**record, **there, "images": [placeholder] * int(counts[index])}
+    row = training_row(record, index, PictureFolder(None), source, policy)
+    return {"messages": row["messages"], "sample": row["sample"], "fault": row["fault"]}
 
 
-def _pictures(dataset: hf.Dataset, folder: PictureFolder, source: str) -> tuple[hf.Dataset, Any]:
-    """The column `images`, and how many pictures each row has (an array)."""
+def _other_media(dataset: hf.Dataset) -> dict[str, np.ndarray]:
+    """For each column of video or audio, whether each row has some."""
+    found = {}
+    for name in OTHER_MEDIA:
+        if name in dataset.column_names:
+            column = dataset.data.column(name)
+            is_there = pc.is_valid(column)
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                is_there = pc.and_kleene(is_there, pc.not_equal(column, ""))
+            elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                is_there = pc.and_kleene(is_there, pc.greater(pc.list_value_length(column), 0))
+            elif pa.types.is_struct(column.type):
+                fields = [pc.is_valid(pc.struct_field(column, number)) for number in range(column.type.num_fields)]
+                is_there = functools.reduce(pc.or_, fields)
+            found[name] = np.asarray(is_there.fill_null(False).combine_chunks())
+    return found
+
+
+def _pictures(dataset: hf.Dataset, folder: PictureFolder, source: str, policy: str) -> tuple[hf.Dataset, Any]:
+    """The column `images`, and how many pictures each row has (an array), -1 where those have a fault, which is then
+    in a column of its own."""
     column = next((name for name in PICTURE_COLUMNS if name in dataset.column_names), None)
     if column is None:
         none = pa.array([[]] * len(dataset), PICTURES_TYPE)
@@ -144,23 +227,27 @@ def _pictures(dataset: hf.Dataset, folder: PictureFolder, source: str) -> tuple[
             _row_of_pictures,
             with_indices=True,
             remove_columns=[column],
-            features=hf.Features({"images": PICTURES}),
-            fn_kwargs={"column": column, "folder": folder, "source": source, "code": CODE},
+            features=hf.Features({"images": PICTURES, **FAULT}),
+            fn_kwargs={"column": column, "folder": folder, "source": source, "policy": policy, "code": CODE},
             desc=f"Locating the pictures of {source}",
         )
-        arrays = list(dataset.data.column("images").chunks)
-        return dataset, _lengths(arrays)
+        counts = np.asarray(_lengths(list(dataset.data.column("images").chunks)))
+        is_good = np.asarray(pc.is_null(dataset.data.column("fault")).combine_chunks())
+        return dataset, np.where(is_good, counts, -1)
     counts = _lengths(arrays)
     if column == "images" and not any(array.null_count for array in arrays):
         return _same_table(dataset, hf.Features({"images": PICTURES})), counts
     return _with_empty_lists(dataset, arrays, counts), counts
 
 
-def _row_of_pictures(record: dict, index: int, column: str, folder: PictureFolder, source: str, code: str) -> dict:
+def _row_of_pictures(
+    record: dict, index: int, column: str, folder: PictureFolder, source: str, policy: str, code: str
+) -> dict:
     try:
-        return {"images": [located(picture, folder) for picture in pictures_of({column: record[column]})]}
+        pictures = [located(picture, folder) for picture in pictures_of({column: record[column]})]
     except SampleError as error:
-        raise SampleError(error.kind, f"{source}, sample {index}: {error}") from None
+        return {"images": [], "fault": _fault(error, source, index, record, policy)}
+    return {"images": pictures, "fault": None}
 
 
 PICTURE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -220,8 +307,8 @@ def _as_dataset(table: hf.table.Table, features: hf.Features, origin: hf.Dataset
 
 
 def _without_decoding(feature: Any) -> Any:
-    if isinstance(feature, hf.Image):
-        return hf.Image(decode=False)
+    if isinstance(feature, (hf.Image, hf.Audio, hf.Video)):
+        return type(feature)(decode=False)
     if isinstance(feature, hf.List):
         return hf.List(_without_decoding(feature.feature))
     return feature

@@ -1,12 +1,17 @@
 """One sample: from a record of LLaVA's form or the Hub's to `messages` and pictures, as TRL takes them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConvLlavaError
+from ..texts import shown, storable, text_error
 
 
 IMAGE_TOKEN = "<image>"
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # keys of samples that ask about more than images
+# How LLaVA's files place a clip: before or after the question. Within a text, `<video>` is an element of HTML.
+_CLIP = re.compile(r"^\s*<(video|audio)>(?!.*</\1>)|\n\s*<(video|audio)>\s*$", re.DOTALL)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -43,11 +48,15 @@ def sample_of(record: Mapping) -> dict[str, list]:
         paths, or the `bytes` and `path` of undecoded rows of `datasets`.
 
     Raises:
-        SampleError: something is missing, of another type or out of turn, an answer is empty, or the numbers of places
-            and of pictures differ.
+        SampleError: something is missing, of another type or out of turn, an answer is empty, the numbers of places
+            and of pictures differ, it asks about video or audio, or UTF-8 cannot hold a text.
     """
+    if isinstance(record, UnreadableRecord):
+        raise SampleError(record.kind, record.detail)
     if not isinstance(record, Mapping):
         raise SampleError("malformed", f"It is a {type(record).__name__}; expected an object with `conversations`.")
+    if media := [key for key in OTHER_MEDIA if not _is_blank(record.get(key))]:
+        raise SampleError("video sample", f"It has `{media[0]}`: {shown(record[media[0]])}. Only images can be seen.")
     pictures = pictures_of(record)
     in_hub_form = record.get("messages") is not None
     messages = as_parts(record["messages"], len(pictures)) if in_hub_form else messages_of(record)
@@ -59,6 +68,26 @@ def sample_of(record: Mapping) -> dict[str, list]:
             f"The conversation has {where}, and the sample has {len(pictures)} picture{'s' * (len(pictures) != 1)}.",
         )
     return {"messages": messages, "images": pictures}
+
+
+class UnreadableRecord:
+    """In place of a record whose extent in its file is known, but which cannot be read. `id` as the record has it."""
+
+    def __init__(self, kind: str, detail: str, id: Any = None):
+        self.kind = kind
+        self.detail = detail
+        self.id = id
+
+
+def identity_of(record: Any) -> str | None:
+    """What a record is called by its own file, short and on one line; `None` where it has no name."""
+    identity = record.get("id") if isinstance(record, Mapping) else getattr(record, "id", None)
+    if identity is None or identity == "":
+        return None
+    if not isinstance(identity, str):
+        return shown(identity)
+    identity = " ".join(storable(identity).split())
+    return identity if len(identity) <= 120 else f"{identity[:120]}..."
 
 
 def pictures_of(record: Mapping) -> list[Any]:
@@ -73,8 +102,12 @@ def pictures_of(record: Mapping) -> list[Any]:
     pictures = [value] if isinstance(value, (str, Mapping)) else value
     if not isinstance(pictures, Sequence) or not all(map(_is_picture, pictures)):
         raise SampleError(
-            "malformed", f"`{column}` is {_shown(value)}; expected a path, a list of paths, or nothing at all."
+            "malformed", f"`{column}` is {shown(value)}; expected a path, a list of paths, or nothing at all."
         )
+    for picture in pictures:
+        path = picture if isinstance(picture, str) else picture.get("path")
+        if path is not None and (error := text_error(path)):
+            raise SampleError("broken text", f"The path of a picture, {shown(path)}, has {error}.")
     return list(pictures)
 
 
@@ -91,7 +124,7 @@ def messages_of(record: Mapping) -> list[dict]:
     messages = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-            raise SampleError("malformed", f"Turn {number} is {_shown(turn)}; expected `from` and a text as `value`.")
+            raise SampleError("malformed", f"Turn {number} is {shown(turn)}; expected `from` and a text as `value`.")
         role = _role(turn.get("from"), f"Turn {number} is from", "human, gpt or system")
         messages.append((role, _parts(turn["value"]) if role == "user" else [_text(turn["value"])]))
     return _in_turn(messages)
@@ -104,11 +137,11 @@ def as_parts(messages: Sequence[Mapping], pictures: int = 0) -> list[dict]:
     message has a place, the pictures stand before the first user's text, as TRL has it.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise SampleError("malformed", f"`messages` is {_shown(messages)}; expected a list of `role` and `content`.")
+        raise SampleError("malformed", f"`messages` is {shown(messages)}; expected a list of `role` and `content`.")
     converted = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise SampleError("malformed", f"Message {number} is {_shown(message)}; expected `role` and `content`.")
+            raise SampleError("malformed", f"Message {number} is {shown(message)}; expected `role` and `content`.")
         role = _role(message.get("role"), f"Message {number} has the role", "user, assistant or system")
         converted.append((role, _content_parts(message.get("content"), role, number)))
     if all(isinstance(message.get("content"), str) for message in messages) and not any(
@@ -131,21 +164,25 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def _shown(value: Any, limit: int = 120) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= limit else f"{shown[:limit]}..."
+def _is_blank(value: Any) -> bool:
+    if isinstance(value, Mapping):  # as tables write a file that is not there
+        return all(field is None for field in value.values())
+    return value is None or (isinstance(value, (str, Sequence)) and not value)
 
 
 def _is_picture(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return value.get("bytes") is not None or bool(value.get("path"))
-    return isinstance(value, str) and bool(value)
+    if not isinstance(value, Mapping):
+        return isinstance(value, str) and bool(value)
+    content, path = value.get("bytes"), value.get("path")
+    if not isinstance(content, (bytes, type(None))) or not isinstance(path, (str, type(None))):
+        return False
+    return content is not None or bool(path)
 
 
 def _role(name: Any, what: str, expected: str) -> str:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise SampleError("wrong role", f"{what} {_shown(name)}; expected {expected}.")
+        raise SampleError("wrong role", f"{what} {shown(name)}; expected {expected}.")
     return role
 
 
@@ -165,6 +202,8 @@ def _content_parts(content: Any, role: str, number: int) -> list[dict]:
     """The content of a message of the Hub's form in parts."""
     if isinstance(content, str):
         return _parts(content) if role == "user" else [_text(content)]
+    if content is not None and (not isinstance(content, Sequence) or isinstance(content, bytes)):
+        raise SampleError("malformed", f"Message {number} has the content {shown(content)}; expected text or parts.")
     parts = []
     for part in content or ():
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -173,7 +212,7 @@ def _content_parts(content: Any, role: str, number: int) -> list[dict]:
         elif kind == "text" and isinstance(part.get("text"), (str, type(None))):
             parts.append(_text(part.get("text") or ""))
         else:
-            raise SampleError("malformed", f"Message {number} has the part {_shown(part)}; expected text or image.")
+            raise SampleError("malformed", f"Message {number} has the part {shown(part)}; expected text or image.")
     return parts
 
 
@@ -199,6 +238,14 @@ def _in_turn(messages: list[tuple[str, list[dict]]]) -> list[dict]:
             raise SampleError("placeholder mismatch", f"There is an {IMAGE_TOKEN} in {place}.")
         if role != "user" and any(part["type"] == "image" for part in content):
             raise SampleError("placeholder mismatch", f"There is a picture in {_WHOSE[role]} message.")
+        for part in content:
+            if error := text_error(part["text"] or ""):
+                raise SampleError("broken text", f"{_WHOSE[role].capitalize()} text has {error}.")
+            if role == "user" and (clip := _CLIP.search(part["text"] or "")):
+                raise SampleError(
+                    "video sample",
+                    f"The user's text has a place for a clip ({clip[0].strip()}). Only images can be seen.",
+                )
     return [{"role": role, "content": content} for role, content in kept]
 
 

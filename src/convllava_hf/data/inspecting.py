@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from PIL import Image
 
 from ..boxes import DEFAULT_FRAME, Box, check_frame, draw_boxes
 from ..errors import ConvLlavaError
 from .boxes import boxes_in, in_model_frame, shared_shape
-from .conversations import SampleError, sample_of
+from .conversations import SampleError, identity_of, sample_of
 from .paths import located
 from .sources import RawRows, open_records, picture_folder
 from .tokens import with_pictures
@@ -97,23 +98,19 @@ def inspect_sample(
     processor = load_processor(model, pictures, trust_remote_code)
     try:
         opened = [processor.image_processor.fetch_images(reference) for reference in references]
+        seen = [_seen(processor, reference, picture) for reference, picture in zip(references, opened, strict=True)]
     except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF
         raise ConvLlavaError(f"Sample {index} has a picture that cannot be read: {error}") from error
     check_frame(boxes)
     sample = in_model_frame({**sample, "images": opened, "boxes": boxes}, processor.image_processor)
     messages = with_pictures(sample["messages"], opened)
     named = tuple(dict.fromkeys(box.box for box in boxes_in(sample["messages"]))) if shared_shape(opened) else ()
-    identity = record.get("id")
-    return Inspection(
-        index=index,
-        id=None if identity is None else str(identity),
-        text=processor.apply_chat_template(messages, tokenize=False),
-        tokens=_tokens(processor, messages, opened),
-        pictures=[
-            replace(_seen(processor, reference, picture), boxes=named)
-            for reference, picture in zip(references, opened, strict=True)
-        ],
-    )
+    seen = [replace(picture, boxes=named) for picture in seen]
+    try:
+        text = processor.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise ConvLlavaError(f"Sample {index} is refused by the chat template: {error}") from error
+    return Inspection(index, identity_of(record), text, _tokens(processor, text, messages, opened), seen)
 
 
 def save_pictures(inspection: Inspection, path: str | os.PathLike) -> list[Path]:
@@ -148,8 +145,7 @@ def _record(path: str | os.PathLike, index: int, split: str, name: str | None) -
     raise ConvLlavaError(f"There is no sample {index}: {path} has {number}, counted from 0.")
 
 
-def _tokens(processor: Any, messages: list[dict], pictures: list[Image.Image]) -> list[Token]:
-    text = processor.apply_chat_template(messages, tokenize=False)
+def _tokens(processor: Any, text: str, messages: list[dict], pictures: list[Image.Image]) -> list[Token]:
     plain = processor(text=text, images=pictures or None, add_special_tokens=False, return_offsets_mapping=True)
     output = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

@@ -3,18 +3,23 @@
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from json.decoder import JSONDecodeError
 from typing import Any, TextIO
 
-from .conversations import DataError
+from .conversations import DataError, UnreadableRecord, identity_of
 
 
 CHUNK = 2**20  # characters
 LARGEST_SAMPLE = 2**26  # characters; more is a file whose quotes or brackets do not close
+DEEPEST = 100  # arrays and objects within each other; far fewer are of use, and Python stumbles over far more
 _BLANKS = re.compile(r"[ \t\n\r]*")
 # Where a text ends within a number, a literal or an escape, `json` complains about the beginning of that.
 _LONGEST_LITERAL = 16
+# Strings whole, brackets outside of them, and the quote of a string whose end has not been read yet.
+_NESTING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 class BrokenFileError(DataError):
@@ -24,15 +29,21 @@ class BrokenFileError(DataError):
 class SampleFile:
     """The samples of a JSON file (an array of objects) or a JSONL file (an object a line), whatever its name.
 
-    Iterating gives the parsed samples. `position` is how far reading has come, in bytes of `size`.
+    Iterating gives the parsed samples. In place of one that Python cannot hold (nested too deep, or with an integer of
+    thousands of digits) comes an `UnreadableRecord`. `position` is how far reading has come, in bytes of `size`;
+    `is_array` whether the file is one array, `None` before the first sample.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: it cannot be opened (from the constructor).
+        BrokenFileError: it is a FIFO, a socket or a device (from the constructor).
         BrokenFileError: naming line and column; after the samples that stand before the place.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
+        self.is_array: bool | None = None
+        if not stat.S_ISREG(mode := os.stat(self.path).st_mode) and not stat.S_ISDIR(mode):
+            raise BrokenFileError(f"{self.path} is a FIFO, a socket or a device; expected a file with samples.")
         with open(self.path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
         self.position = 0
@@ -47,13 +58,12 @@ class SampleFile:
                     raise buffer.error("The file is empty")
                 if first not in "[{":
                     raise buffer.error("Expected an array of samples, or one object a line")
-                yield from buffer.array() if first == "[" else buffer.lines()
+                self.is_array = first == "["
+                yield from buffer.array() if self.is_array else buffer.lines()
             except UnicodeDecodeError as error:
                 raise BrokenFileError(
                     f"{self.path} is not UTF-8 after line {buffer.line}: {error.reason}. Convert it to UTF-8."
                 ) from error
-            except RecursionError as error:
-                raise buffer.error("Arrays or objects are nested too deep") from error
         self.position = self.size
 
 
@@ -100,24 +110,61 @@ class _Buffer:
             if self.peek() and not self.new_line:
                 raise self.error("Expected one object a line")
 
-    def _object(self) -> dict:
+    def _object(self) -> dict | UnreadableRecord:
         if self.peek() != "{":
             raise self.error("Expected an object, a sample")
         while True:
             try:
                 sample, end = self.decode(self.text, self.index)
+            except RecursionError:
+                return self._unreadable("is nested too deep")
             except JSONDecodeError as error:
                 unfinished = error.pos >= len(self.text) - _LONGEST_LITERAL or error.msg.startswith("Unterminated")
-                waiting = len(self.text) - self.index
-                if waiting > LARGEST_SAMPLE:
-                    raise self.error(f"A sample is longer than {LARGEST_SAMPLE} characters") from error
                 # Reading as much again keeps parsing linear in the length of a sample.
-                if not unfinished or not self._read(max(CHUNK, waiting)):
+                if not unfinished or not self._read_more():
                     self.index = error.pos
                     raise self.error(error.msg) from error
+            except ValueError:  # the limit of Python's integers
+                return self._unreadable("has an integer of thousands of digits")
             else:
+                brackets = sum(self.text.count(bracket, self.index, end) for bracket in "[{")
+                if brackets > DEEPEST and self._depth(end) > DEEPEST:
+                    return self._unreadable("is nested too deep", sample)
                 self.index = end
                 return sample
+
+    def _unreadable(self, what: str, sample: Any = None) -> UnreadableRecord:
+        """Takes the sample that begins here by its brackets alone."""
+        while (end := self._end_by_brackets()) is None:
+            if not self._read_more():
+                raise self.error(f"A sample {what}, and its end is not found")
+        self.index = end
+        return UnreadableRecord("malformed", f"It {what}.", identity_of(sample))
+
+    def _end_by_brackets(self) -> int | None:
+        """Where the sample that begins here ends; `None` where that has not been read yet."""
+        depth = 0
+        for found in _NESTING.finditer(self.text, self.index):
+            depth += _STEP.get(found[0], 0)
+            if found[0] == '"':
+                return None
+            if not depth:
+                return found.end()
+        return None
+
+    def _depth(self, end: int) -> int:
+        depth = deepest = 0
+        for found in _NESTING.finditer(self.text, self.index, end):
+            depth += _STEP.get(found[0], 0)
+            deepest = max(deepest, depth)
+        return deepest
+
+    def _read_more(self) -> bool:
+        """Reads as much again as waits; `False` at the end of the file."""
+        waiting = len(self.text) - self.index
+        if waiting > LARGEST_SAMPLE:
+            raise self.error(f"A sample is longer than {LARGEST_SAMPLE} characters")
+        return self._read(max(CHUNK, waiting))
 
     def _take(self, character: str) -> None:
         if self.peek() != character:

@@ -43,7 +43,8 @@ class Report:
     """Counts of a data set and what is wrong with it.
 
     `turns` are messages of user and assistant, `pictures` the mentions of pictures, `text_only` samples without any;
-    all of them in samples that could be read, and so are `boxes`. `problems`: by kind their number and the first few.
+    all of them in samples that could be read, and so are `boxes`. `bad`: the indices of samples with something wrong.
+    `problems`: by kind their number and the first few.
     """
 
     examples: int = 3
@@ -51,11 +52,15 @@ class Report:
     text_only: int = 0
     turns: int = 0
     pictures: int = 0
-    bad_samples: int = 0
     tokens: Tokens | None = None
     boxes: BoxCounts = field(default_factory=BoxCounts)
+    bad: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     problems: dict[str, list[Problem]] = field(default_factory=dict)
+
+    @property
+    def bad_samples(self) -> int:
+        return len(self.bad)
 
     @property
     def clean(self) -> bool:
@@ -69,9 +74,10 @@ class Report:
 
     def add(self, other: "Report") -> None:
         """Adds what was found in samples after these."""
-        for name in ("samples", "text_only", "turns", "pictures", "bad_samples"):
+        for name in ("samples", "text_only", "turns", "pictures"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.boxes.add(other.boxes)
+        self.bad += other.bad
         if other.tokens is not None:
             self.tokens = self.tokens or Tokens()
             self.tokens.add(other.tokens)

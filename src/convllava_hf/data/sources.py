@@ -11,6 +11,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..boxes import DEFAULT_FRAME, check_frame
 from ..errors import ConvLlavaError, first_line
+from .bad_samples import BadSamples
+from .conversations import UnreadableRecord
 from .paths import PictureFolder
 from .reading import SampleFile
 
@@ -35,6 +37,9 @@ def load_training_data(
     datasets: Sequence[Mapping[str, Any]] | None = None,
     boxes: str = DEFAULT_FRAME,
     seed: int = 0,
+    on_bad_sample: str = "error",
+    max_bad_samples: int = 100,
+    bad_samples: BadSamples | None = None,
 ) -> "Dataset | IterableDataset":
     """Conversations with pictures as one data set.
 
@@ -54,6 +59,11 @@ def load_training_data(
             files, or `"image"`. Texts are not changed here; the collator of `convllava_hf.training` rewrites boxes
             where the model sees images in the other frame.
         seed: of the draws; and, unless streaming, of the choice of samples from what is not taken whole.
+        on_bad_sample: what is done about a sample that cannot be used, such as one with an empty answer, without a
+            picture for its `<image>`, or with a video: `"error"`, or `"skip"` to leave it out. Unless streaming, they
+            are left out here, and one warning says how many of which kind.
+        max_bad_samples: with `"skip"`, how many may be left out of all data sets together.
+        bad_samples: in place of the two arguments before, an object that also takes the counts of what is left out.
 
     Returns:
         A data set with the columns `messages` (`role`, `content` as a list of `type` and `text`), `images` (undecoded:
@@ -61,15 +71,17 @@ def load_training_data(
         boxes are not in the square throughout, also with the column `boxes`: the frame of the row's boxes.
 
     Raises:
-        ConvLlavaError: there is no such data set, it is broken (with line and column), a sample is not as it should be
-            (with its index and id) or names a picture outside the folder. When streaming, samples are looked at as
-            they come.
+        ConvLlavaError: there is no such data set, it is broken (with line and column) or without a sample that can be
+            used, a sample is not as it should be (with its index and id) or names a picture outside the folder, or too
+            many are not. When streaming, samples are looked at as they come.
     """
+    bad = BadSamples(on_bad_sample, max_bad_samples) if bad_samples is None else bad_samples
     if (dataset_name is None) == (not datasets):
         raise ConvLlavaError("Name one data set or a mixture: set either `dataset_name` or `datasets`.")
     check_frame(boxes)
     if dataset_name is not None:
-        return _with_frames([_load(os.fspath(dataset_name), split, image_folder, streaming, name)], [boxes])[0]
+        loaded = [_load(os.fspath(dataset_name), split, image_folder, streaming, name, bad)]
+        return _reported(_with_frames(loaded, [boxes]), bad)[0]
     entries = [_checked(entry) for entry in datasets]
     weights = _weights(entries)
     loaded = [
@@ -79,6 +91,7 @@ def load_training_data(
             entry.get("image_folder", image_folder),
             streaming,
             entry.get("name", name),
+            bad,
         )
         for entry, weight in zip(entries, weights or [1] * len(entries), strict=True)
         if weight
@@ -88,7 +101,7 @@ def load_training_data(
         for entry, weight in zip(entries, weights or [1] * len(entries), strict=True)
         if weight
     ]
-    loaded = _with_frames(loaded, frames)
+    loaded = _reported(_with_frames(loaded, frames), bad)
     return _mixed(loaded, [weight for weight in weights or () if weight], seed, streaming)
 
 
@@ -146,7 +159,11 @@ class RawRows:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(self.size):
             self.position = index + 1
-            yield self.dataset[index]
+            try:
+                record = self.dataset[index]
+            except UnicodeDecodeError as error:  # a table holds bytes, whatever it says of them
+                record = UnreadableRecord("broken text", f"It has a text that is not UTF-8: {error.reason}.")
+            yield record
 
 
 def picture_folder(path: str | os.PathLike, image_folder: str | os.PathLike | None) -> PictureFolder:
@@ -156,19 +173,39 @@ def picture_folder(path: str | os.PathLike, image_folder: str | os.PathLike | No
 
 
 def _load(
-    path: str, split: str, image_folder: str | os.PathLike | None, streaming: bool, name: str | None
+    path: str,
+    split: str,
+    image_folder: str | os.PathLike | None,
+    streaming: bool,
+    name: str | None,
+    bad: BadSamples,
 ) -> "Dataset | IterableDataset":
+    """One data set without the samples that are to be left out, which go to `bad`; streaming, as they come."""
     kind, path = _kind_of(path)
     folder = _folder(kind, path, image_folder)
     _require_datasets()
     from . import columns
 
     if kind == "json":
-        return _from_json(_json_files(path), folder, streaming)
-    dataset = _raw(kind, path, split, streaming, name)
-    columns.check_columns(dataset.column_names, path)
-    convert = columns.streamed_columns if streaming else columns.mapped_columns
-    return convert(dataset, folder, path)
+        dataset = _from_json(_json_files(path), folder, streaming, bad.policy)
+    else:
+        dataset = _raw(kind, path, split, streaming, name)
+        columns.check_columns(dataset.column_names, path)
+        convert = columns.streamed_columns if streaming else columns.mapped_columns
+        try:
+            dataset = convert(dataset, folder, path, bad.policy)
+        except UnicodeDecodeError as error:
+            raise ConvLlavaError(
+                f"{path} has a text that is not UTF-8: {error.reason}. `convllava data check` says in which sample."
+            ) from error
+    if streaming:
+        return columns.streamed_without_faults(dataset, bad)
+    before = len(dataset)
+    dataset = columns.without_faults(dataset, bad)
+    if not len(dataset):
+        bad.check_bound()
+        raise ConvLlavaError(f"{path} has {before} samples, and none that can be used. See `convllava data check`.")
+    return dataset
 
 
 def _with_frames(
@@ -182,31 +219,45 @@ def _with_frames(
     return [with_constant(dataset, "boxes", frame) for dataset, frame in zip(loaded, frames, strict=True)]
 
 
-def _from_json(files: list[str], folder: PictureFolder, streaming: bool) -> "Dataset | IterableDataset":
+def _reported(loaded: "list[Dataset | IterableDataset]", bad: BadSamples) -> "list[Dataset | IterableDataset]":
+    """The data sets, once it is said what was left out of them.
+
+    Raises:
+        SampleError: that was too much.
+    """
+    bad.check_bound()
+    bad.warn(of=bad.total + sum(len(dataset) for dataset in loaded if hasattr(dataset, "__len__")))
+    return loaded
+
+
+def _from_json(files: list[str], folder: PictureFolder, streaming: bool, policy: str) -> "Dataset | IterableDataset":
     import datasets as hf
 
-    from .columns import CODE, FEATURES
+    from .columns import CODE, FAULT, FEATURES
 
-    kwargs = {"files": files, "folder": folder}
+    features = hf.Features({**FEATURES, **FAULT})
+    kwargs = {"files": files, "folder": folder, "policy": policy}
     if streaming:
-        return hf.IterableDataset.from_generator(json_rows, features=FEATURES, gen_kwargs=kwargs)
+        return hf.IterableDataset.from_generator(json_rows, features=features, gen_kwargs=kwargs)
     # What was read is kept in the cache under a name made of these, so that a file that has changed is read again.
     state = tuple((os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
     try:
         return hf.Dataset.from_generator(
-            json_rows, features=FEATURES, gen_kwargs={**kwargs, "state": state, "code": CODE}
+            json_rows, features=features, gen_kwargs={**kwargs, "state": state, "code": CODE}
         )
     except hf.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
 
 
-def json_rows(files: list[str], folder: PictureFolder, state: tuple = (), code: str = "") -> Iterator[dict[str, Any]]:
+def json_rows(
+    files: list[str], folder: PictureFolder, policy: str, state: tuple = (), code: str = ""
+) -> Iterator[dict[str, Any]]:
     """Rows for training from JSON and JSONL files; `sample` counts within each file."""
     from .columns import training_row
 
     for file in files:
         for sample, record in enumerate(SampleFile(file)):
-            yield training_row(record, sample, folder, file)
+            yield training_row(record, sample, folder, file, policy)
 
 
 def _kind_of(path: str) -> tuple[str, str]:

@@ -51,6 +51,15 @@ class TokenCounter:
     def __call__(self, messages: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> tuple[Tokens, int]:
         """Tokens of one sample whose pictures have these heights and widths in pixels; and how many of those that a
         loss is taken on are left within `max_length`."""
+        counted, left = self.count(messages, sizes)
+        return counted, left.supervised
+
+    def count(self, messages: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> tuple[Tokens, Tokens]:
+        """Tokens of one sample, as a whole and within `max_length`.
+
+        Raises:
+            Exception: whatever the chat template raises where it refuses the messages.
+        """
         output = self.processor.apply_chat_template(
             with_pictures(messages, [_Size(*size) for size in sizes]),
             tokenize=True,
@@ -69,7 +78,9 @@ class TokenCounter:
             supervised=sum(mask),
             longest=len(ids),
         )
-        return counted, sum(mask[: self.max_length])
+        ids, mask = ids[: self.max_length], mask[: self.max_length]
+        visual = sum(token == self.processor.image_token_id for token in ids)
+        return counted, Tokens(1, len(ids), visual, sum(mask), len(ids))
 
 
 def template_fault(processor: Any) -> str | None:

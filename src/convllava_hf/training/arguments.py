@@ -6,6 +6,7 @@ from typing import Any
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from ..boxes import check_frame
+from ..data.bad_samples import BadSamples
 from ..errors import ConvLlavaError
 from ..picture_options import PICTURE_OPTIONS
 from .checks import check_output, check_packages, check_values
@@ -49,11 +50,24 @@ class DataArguments(ScriptArguments):
     on_bad_picture: str = field(
         default="error",
         metadata={
-            "help": "What to do about a picture that cannot be read: `error`, or `skip` to take another sample."
+            "help": "What to do about a picture that cannot be used (unreadable, or of more visual tokens than "
+            "max_length): `error`, or `skip` to take another sample."
         },
     )
     max_bad_pictures: int = field(
-        default=100, metadata={"help": "With on_bad_picture=skip: skipped samples of a process that end the run."}
+        default=100,
+        metadata={"help": "With on_bad_picture=skip: samples of a process that may be skipped; one more is an error."},
+    )
+    on_bad_sample: str = field(
+        default="error",
+        metadata={
+            "help": "What to do about a sample that cannot be used (an empty answer, no picture for its <image>, a "
+            "video, broken text): `error`, or `skip` to leave it out."
+        },
+    )
+    max_bad_samples: int = field(
+        default=100,
+        metadata={"help": "With on_bad_sample=skip: samples of all data that may be left out; one more is an error."},
     )
     preset: str | None = field(
         default=None,
@@ -73,10 +87,16 @@ class DataArguments(ScriptArguments):
         check_frame(self.boxes)
         if self.on_bad_picture not in ("error", "skip"):
             raise ConvLlavaError(f"on_bad_picture is {self.on_bad_picture!r}; expected error or skip.")
+        self.bad_samples = self.new_bad_samples()
         if not self.dataset_name and not self.datasets:
             raise ConvLlavaError("No data: set dataset_name, or datasets for a mixture.")
         if self.dataset_name:
             self.datasets = None
+
+    def new_bad_samples(self) -> BadSamples:
+        """The policy for samples that cannot be used, which counts what it leaves out; `bad_samples` is the training
+        data's."""
+        return BadSamples(self.on_bad_sample, self.max_bad_samples)
 
     @property
     def pictures(self) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def describe_run(
         "dtype": str(model.dtype or "float32"),
         "versions": versions_of(_PACKAGES),
     }
+    if data.bad_samples.counts:
+        stage["samples_left_out"] = data.bad_samples.as_dict()
     if data.pictures:
         stage["pictures"] = data.pictures
     if model.use_peft:

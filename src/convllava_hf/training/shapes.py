@@ -58,4 +58,9 @@ def room_for(shapes: list[tuple[int, int]]) -> tuple[int, int]:
 
 def _sizes(batch: dict[str, list]) -> dict[str, list]:
     """Heights and widths of a batch's pictures; -1 where they cannot be told."""
-    return {"sizes": [[stored_size(picture) or _UNKNOWN for picture in images or ()] for images in batch["images"]]}
+    return {"sizes": [[_size(picture) for picture in images or ()] for images in batch["images"]]}
+
+
+def _size(picture: dict[str, Any]) -> tuple[int, int]:
+    size = stored_size(picture)
+    return _UNKNOWN if size is None or min(size) < 1 else size

@@ -27,10 +27,18 @@ class ConvLlavaTrainer(SFTTrainer):
     """TRL's trainer; its arguments are `TrainingArguments` of this package.
 
     Args:
-        on_bad_picture, max_bad_pictures: see `DataArguments`.
+        on_bad_picture, max_bad_pictures, on_bad_sample, max_bad_samples: see `DataArguments`.
     """
 
-    def __init__(self, *args, on_bad_picture: str = "error", max_bad_pictures: int = 100, **kwargs):
+    def __init__(
+        self,
+        *args,
+        on_bad_picture: str = "error",
+        max_bad_pictures: int = 100,
+        on_bad_sample: str = "error",
+        max_bad_samples: int = 100,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         if not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):  # TRL gathers the whole head then, and a bias
             tokenizer = self.processing_class.tokenizer
@@ -42,7 +50,7 @@ class ConvLlavaTrainer(SFTTrainer):
                 raise_to_float32(self.model)
         plain = self.data_collator
         self.data_collator = SafePictureCollator(
-            plain, self.train_dataset, policy=on_bad_picture, max_skipped=max_bad_pictures
+            plain, self.train_dataset, on_bad_picture, max_bad_pictures, on_bad_sample, max_bad_samples
         )
         # No sample of the training data stands in for one that the loss is measured on.
         self.eval_data_collator = SafePictureCollator(plain, self.eval_dataset, policy="error")
