@@ -2,6 +2,7 @@
 """ConvLLaVA's configuration, and the one place where strides, sizes and visual tokens are computed."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import transformers
@@ -283,6 +284,20 @@ def _as_vision_config(config):
         config.setdefault("num_stages", len(config.get("hidden_sizes", config.get("depths", [0] * 4))))
         config = ConvNextConfig(**config)
     return config
+
+
+def set_in_package(name: str) -> None:
+    """Sets the module of this name, and those beside it, as attributes of their package, as importing them does.
+
+    transformers leaves that out for a checkpoint's code, which it loads by file. dill, with which `datasets` sends
+    objects to other processes, looks there, and takes classes that it does not find apart; it cannot put those for
+    typed arguments (`TypedDict`) together again.
+    """
+    package = name.rpartition(".")[0]
+    for other, module in list(sys.modules.items()):
+        parent, _, child = other.rpartition(".")
+        if parent == package and parent in sys.modules:
+            setattr(sys.modules[parent], child, module)
 
 
 def _as_text_config(config):

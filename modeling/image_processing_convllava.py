@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration_convllava import PRESETS, PictureSizes, visual_token_grid
+from .configuration_convllava import PRESETS, PictureSizes, set_in_package, visual_token_grid
 from .image_utils_convllava import ImageError, image_name, read_image, to_rgb
 
 
@@ -318,3 +318,6 @@ def _normalise(pixels: np.ndarray, scale: float | None, mean, std) -> np.ndarray
     if mean is not None:
         pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+set_in_package(__name__)

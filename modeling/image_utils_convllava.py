@@ -12,9 +12,9 @@ Where white is depends on the kind of values and on what the file says about the
 | floats, PIL's `F` | 0 to 1 |
 
 Integers beyond these bounds are refused. Floats may go beyond theirs by 0.05, as resampling leaves them, and are cut
-off there; NaN counts as black, infinity as white. Floats of 0-255 are taken as such where the call says
-`do_rescale=False`, or where they cannot be anything else: more than half of what is not black is beyond 1.05, and the
-largest beyond 25. Few values beyond 1 (a hot pixel, say) are refused and never change the brightness of the others.
+off there; NaN counts as black, infinity as white. Floats beyond 1.05 are 0-255 where the call says `do_rescale=False`,
+or where they cannot be anything else: more than half of what is not black is beyond 1.05, and the largest beyond 25.
+Few values beyond 1 (a hot pixel, say) are refused and never change the brightness of the others.
 """
 
 import base64

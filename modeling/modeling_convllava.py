@@ -18,7 +18,7 @@ from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, C
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
 
-from .configuration_convllava import ConvLlavaConfig, tower_stride, visual_token_grid
+from .configuration_convllava import ConvLlavaConfig, set_in_package, tower_stride, visual_token_grid
 
 
 # What a published config.json maps, whichever class was saved: readers of one entry must find the others (vLLM and
@@ -303,8 +303,6 @@ def _with_skip_list(quantization_config, modules: tuple[str, ...]):
 class ConvLlavaModel(ConvLlavaPreTrainedModel):
     """Vision tower, projector and language model, without the language model's head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
-
     def __init__(self, config: ConvLlavaConfig):
         super().__init__(config)
         self.vision_tower = ConvLlavaVisionTower(config.vision_config)
@@ -326,6 +324,20 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.vision_tower if modality == "image" else self
+
+    def _adjust_missing_and_unexpected_keys(self, *args, **kwargs):
+        """As in transformers, which is not to report the head of a checkpoint of the whole model.
+
+        The class must not declare it in `_keys_to_ignore_on_load_unexpected`: vLLM builds this class, adds a head, and
+        leaves out the weights that are declared there, so the head would stay uninitialized.
+        """
+        declared = self._keys_to_ignore_on_load_unexpected
+        kind = list if declared is None else type(declared)  # transformers 4 has a list or None, 5 a set
+        self._keys_to_ignore_on_load_unexpected = kind([*(declared or ()), r"^lm_head\."])
+        try:
+            return super()._adjust_missing_and_unexpected_keys(*args, **kwargs)
+        finally:
+            self._keys_to_ignore_on_load_unexpected = declared
 
     @can_return_tuple
     def get_image_features(
@@ -648,3 +660,6 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
                 room -= tokens.pop(0)
                 counts[-1] += 1
         return counts
+
+
+set_in_package(__name__)

@@ -9,7 +9,7 @@ import threading
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_convllava import visual_token_grid
+from .configuration_convllava import set_in_package, visual_token_grid
 from .image_processing_convllava import PICTURE_ARGUMENTS, ConvLlavaImagesKwargs
 
 
@@ -18,7 +18,7 @@ IMAGE_TOKEN = "<image>"
 _TYPED_BY_USER = "\U000f0000"
 # Padding and truncation are settings of a fast tokenizer, which each call changes for all threads. One lock for all
 # processors is enough, and it is no part of what is copied or pickled.
-_TOKENIZING = threading.RLock()
+_TOKENIZING = threading.Lock()
 
 
 class ConvLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -35,9 +35,11 @@ class ConvLlavaProcessor(ProcessorMixin):
             left, which generating in batches needs; pass `padding_side="right"` to a call for training.
         chat_template (`str`, *optional*): Jinja template that writes `image_token` once for each picture.
         image_token (`str`, defaults to `"<image>"`): where a picture goes.
-        image_suffix (`str`, defaults to `""`): put between a picture's placeholders and ordinary text after them. A
+        image_suffix (`str`, defaults to `""`): put between an image's placeholders and ordinary text after them. A
             blank gives tokenizers made from SentencePiece (`legacy: false`) the dummy prefix that the original code
-            produces by tokenizing the text after a picture as a text of its own.
+            produces by tokenizing the text after an image as a text of its own. Chat templates write it themselves,
+            since servers such as vLLM replace placeholders in their own way. So in a prompt that a template wrote,
+            which is one that begins with the token for the beginning of a sequence, it goes only where none follows.
 
     Raises:
         ValueError: the tokenizer does not know `image_token`.
@@ -75,7 +77,8 @@ class ConvLlavaProcessor(ProcessorMixin):
         """
         Args:
             images: one picture or a (nested) list in the order of the placeholders; see `ConvLlavaImageProcessor`.
-            text: one prompt or a list, with one `<image>` for each picture.
+            text: one prompt or a list, with one `<image>` for each picture. One that begins with the token for the
+                beginning of a sequence, as chat templates write it, gets no second one.
             return_mm_token_type_ids (`bool`): also return `mm_token_type_ids`, 1 where a placeholder is, else 0.
             return_text_replacement_offsets (`bool`): also return what each `<image>` was replaced by and where, and
                 let `offset_mapping` refer to the text after it; otherwise it refers to `text` as passed.
@@ -119,8 +122,8 @@ class ConvLlavaProcessor(ProcessorMixin):
         if texts is not None:
             expanded, spans = self.get_text_with_replacements(texts, replacements)
             with _TOKENIZING:
-                encoding = dict(self.tokenizer(expanded, **text_kwargs))
-            self._check_truncation(expanded, encoding["input_ids"], text_kwargs)
+                encoding = self._tokenize(expanded, text_kwargs)
+                self._check_truncation(expanded, encoding["input_ids"], text_kwargs)
             if return_types:
                 encoding["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])
             if return_replacements:
@@ -186,9 +189,10 @@ class ConvLlavaProcessor(ProcessorMixin):
         expanded, spans = [], []
         for sample in text:
             pieces, row, last, length = [], [], 0, 0
+            rendered = self._may_be_rendered(sample)
             for match in self._placeholder.finditer(sample):
                 start, end = match.span()
-                replacement = next(pictures) + self._suffix(sample[end:])
+                replacement = next(pictures) + self._suffix(sample[end:], rendered)
                 pieces += [sample[last:start], replacement]
                 length += start - last
                 row.append(
@@ -222,14 +226,67 @@ class ConvLlavaProcessor(ProcessorMixin):
             counts.append(rows * columns)
         return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
+    def _tokenize(self, texts: list[str], text_kwargs: dict) -> dict:
+        """The tokenizer's output as lists, with one token for the beginning of a sequence where there is any."""
+        adds = text_kwargs.get("add_special_tokens", True)
+        added = [bool(adds) and not self._begins_sequence(text) for text in texts]
+        if len(set(added)) == 1:
+            return dict(self.tokenizer(texts, **{**text_kwargs, "add_special_tokens": added[0]}))
+        return self._tokenize_each(texts, added, text_kwargs)
+
+    def _tokenize_each(self, texts: list[str], added: list[bool], text_kwargs: dict) -> dict:
+        """As `_tokenize`, for texts of which only some are given special tokens."""
+        unpadded = {**text_kwargs, "padding": False, "pad_to_multiple_of": None}
+        rows = [
+            self.tokenizer(text, **{**unpadded, "add_special_tokens": special})
+            for text, special in zip(texts, added, strict=True)
+        ]
+        encoding = {name: [row[name] for row in rows] for name in rows[0]}
+        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
+        padding = {name: text_kwargs[name] for name in names if text_kwargs.get(name) is not None}
+        # By hand, since `pad` of a tokenizer leaves offsets as they are.
+        lengths = [len(row) for row in encoding["input_ids"]]
+        padded = self.tokenizer.pad({"input_ids": encoding["input_ids"]}, return_attention_mask=False, **padding)
+        missing = [len(row) - length for row, length in zip(padded["input_ids"], lengths, strict=True)]
+        left = padding.get("padding_side", self.tokenizer.padding_side) == "left"
+        fillers = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "special_tokens_mask": 1,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+            "offset_mapping": (0, 0),
+        }
+        for name, filler in fillers.items():
+            if name in encoding:
+                encoding[name] = [
+                    [filler] * count + row if left else row + [filler] * count
+                    for row, count in zip(encoding[name], missing, strict=True)
+                ]
+        if "length" in encoding:
+            encoding["length"] = [len(row) for row in encoding["input_ids"]]
+        return encoding
+
+    def _begins_sequence(self, text: str) -> bool:
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+
     @property
     def _placeholder(self) -> re.Pattern:
         return re.compile(f"(?<!{_TYPED_BY_USER}){re.escape(self.image_token)}")
 
-    def _suffix(self, following: str) -> str:
-        """What goes between a picture and `following`: nothing before the end or before another special token."""
-        special = (self.image_token, *self.tokenizer.all_special_tokens)
-        return "" if not following or following.startswith(special) else self.image_suffix
+    def _may_be_rendered(self, text: str) -> bool:
+        """Whether the chat template may have written the text, and so the suffixes in it: not if it begins a sequence
+        and the text does not."""
+        bos_token, template = self.tokenizer.bos_token, str(self.chat_template or "")
+        if not template:
+            return False
+        begins = bool(bos_token) and (bos_token in template or "bos_token" in template)
+        return self._begins_sequence(text) or not begins
+
+    def _suffix(self, following: str, rendered: bool) -> str:
+        """What goes between an image and `following`: nothing before the end, before another special token, and where
+        the template wrote it."""
+        done = (self.image_token, *self.tokenizer.all_special_tokens, *([self.image_suffix] if rendered else []))
+        return "" if not following or following.startswith(done) else self.image_suffix
 
     def _check_picture_count(self, texts: list[str], images) -> None:
         places = [len(self._placeholder.findall(text)) for text in texts]
@@ -252,9 +309,8 @@ class ConvLlavaProcessor(ProcessorMixin):
             needed = len(self._placeholder.findall(sample))
             kept = sum(token == self.image_token_id for token in row)
             if kept != needed:
-                total = len(
-                    self.tokenizer(sample, add_special_tokens=text_kwargs.get("add_special_tokens", True)).input_ids
-                )
+                whole = {"add_special_tokens": text_kwargs.get("add_special_tokens", True)}
+                total = len(self._tokenize([sample], whole)["input_ids"][0])
                 limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
                 raise ValueError(
                     f"Prompt {index} is {total} tokens long, {needed} of them visual tokens, and truncation to "
@@ -346,3 +402,6 @@ def _offsets_before_replacement(offsets, replacements: list[dict], length: int) 
                 break
         mapped.append((start, end))
     return mapped
+
+
+set_in_package(__name__)

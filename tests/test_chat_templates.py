@@ -7,7 +7,7 @@ from chat_families import FAMILIES, MISTRAL, NO_TEMPLATE, family_tokenizer, stor
 from conftest import make_picture, make_processor
 from parts import CHATML, SMALL, make_language_model, make_tower, plain_tokenizer
 
-from convllava_hf import ConvLlavaImageProcessor, ConvLlavaProcessor, chat_templates
+from convllava_hf import ConvLlavaImageProcessor, ConvLlavaProcessor, chat_templates, cli
 from convllava_hf.chat_templates import assistant_mask_error, has_generation_markers, time_limit
 from convllava_hf.convert import assemble
 from convllava_hf.convert.templates import template_with_pictures
@@ -291,6 +291,17 @@ def test_assemble_takes_another_template(tmp_path):
     for wrong in (tmp_path / "nowhere.jinja", tmp_path):
         with pytest.raises(ConvLlavaError, match="The chat template .* cannot be read"):
             assemble(tmp_path / "new", vision=tower, text=text, chat_template=wrong, **SMALL)
+
+
+def test_the_command_says_it_in_one_line(tmp_path, capsys):
+    text = make_language_model(tmp_path / "text", template="{{ messages[0]['content'] }}")
+    argv = ["assemble", tmp_path / "out", "--vision", make_tower(tmp_path / "tower"), "--text", text]
+    assert cli.main([*map(str, argv)]) == 2
+    assert "cannot be marked for training" in capsys.readouterr().err.strip().splitlines()[-1]
+    (tmp_path / "template.jinja").write_text(CHATML)
+    size = ["--resolution", "128", "--extra-stage-depth", "0", "--chat-template", tmp_path / "template.jinja"]
+    assert cli.main([*map(str, [*argv, *size])]) == 0
+    assert "{%- generation -%}" in (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama3"])

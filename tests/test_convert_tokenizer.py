@@ -7,11 +7,14 @@ import shutil
 
 import pytest
 import sentencepiece
+import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from convllava_hf import ConvLlavaImageProcessor, ConvLlavaProcessor
+from convllava_hf.convert.templates import vicuna_template
 from convllava_hf.convert.tokenizers import (
     IMAGE_TOKEN,
     add_image_token,
@@ -147,12 +150,69 @@ def test_ids_with_pictures_equal_the_originals(tmp_path, model_file, legacy):
     processor = ConvLlavaProcessor(ConvLlavaImageProcessor(), tokenizer, image_suffix=suffix)
     for text in [*FIXED_PROMPTS, *random_prompts(1, 400, pictures=True)]:
         [expanded], _ = processor.get_text_with_replacements([text], [IMAGE_TOKEN * 3] * text.count(IMAGE_TOKEN))
-        found = []
-        for index in tokenizer(expanded).input_ids:
-            found.append(index)
-            if found[-3:] == [image] * 3:
-                found[-3:] = [-200]
-        assert found == original.prompt(text, -200), repr(text)
+        assert with_one_id_an_image(tokenizer(expanded).input_ids, image) == original.prompt(text, -200), repr(text)
+
+
+def with_one_id_an_image(ids: list[int], image: int) -> list[int]:
+    """The original's -200 for three placeholders of ours."""
+    found = []
+    for index in ids:
+        found.append(index)
+        if found[-3:] == [image] * 3:
+            found[-3:] = [-200]
+    return found
+
+
+def random_content(generator) -> list[dict] | str:
+    """A message: a text, with `<image>` written in it or not, or parts."""
+    texts = ["".join(generator.choices((*FRAGMENTS, IMAGE_TOKEN), k=generator.randint(0, 4))) for _ in range(5)]
+    if generator.random() < 0.2:
+        return texts[0]
+    parts = [{"type": "text", "text": text} for text in texts] + [{"type": "image"}] * 3
+    return generator.choices(parts, k=generator.randint(0, 5))
+
+
+def random_conversation(generator) -> list[dict]:
+    roles = [["system"], [], []][generator.randrange(3)] + ["user", "assistant"] * generator.randint(1, 2) + ["user"]
+    return [{"role": role, "content": random_content(generator)} for role in roles]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_ids_of_conversations_equal_the_originals(tmp_path, model_file, legacy):
+    """The template alone writes what the original's tokenizing piece by piece amounts to: no suffix is needed."""
+    tokenizer = load_original_tokenizer(original_folder(tmp_path, model_file, legacy=legacy))
+    original = OriginalTokenizer(model_file, legacy)
+    blank = prefix_after(tokenizer, IMAGE_TOKEN)
+    template, image = vicuna_template(blank, after_image=blank), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    processors = [
+        ConvLlavaProcessor(ConvLlavaImageProcessor(), tokenizer, chat_template=template, image_suffix=suffix)
+        for suffix in {"", blank}
+    ]
+    generator = random.Random(4)
+    for _ in range(200):
+        messages, prompted = random_conversation(generator), generator.random() < 0.5
+        rendered = processors[0].apply_chat_template(messages, add_generation_prompt=prompted)
+        bare = vicuna_template("", after_image="")
+        prompt = processors[0].apply_chat_template(messages, bare, add_generation_prompt=prompted).removeprefix("<s>")
+        for processor in processors:
+            replacements = [IMAGE_TOKEN * 3] * rendered.count(IMAGE_TOKEN)
+            [expanded], _ = processor.get_text_with_replacements([rendered], replacements)
+            ids = tokenizer(expanded, add_special_tokens=False).input_ids
+            assert with_one_id_an_image(ids, image) == original.prompt(prompt, -200), repr(prompt)
+
+
+def test_what_a_user_types_stays_a_text(tmp_path, model_file):
+    """transformers marks control tokens in messages, and takes the marks away after rendering."""
+    tokenizer = load_original_tokenizer(original_folder(tmp_path, model_file, legacy=False))
+    if not hasattr(type(tokenizer), "_mark_chat_inputs"):
+        pytest.skip("this transformers cannot sanitize control tokens")
+    processor = ConvLlavaProcessor(
+        ConvLlavaImageProcessor(), tokenizer, chat_template=vicuna_template(), image_suffix=" "
+    )
+    messages = [{"role": "user", "content": "I type <image> here and <image>there"}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, sanitize_control_tokens=True)
+    ids = inputs["input_ids"][0] if isinstance(inputs["input_ids"][0], list) else inputs["input_ids"]
+    assert "I type <image> here and <image>there" in tokenizer.decode(ids)
 
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="transformers 5 has no slow tokenizers")
@@ -178,6 +238,52 @@ def test_decoding_equals_sentencepiece(tmp_path, model_file):
         ids = [generator.randrange(3, len(model)) for _ in range(12)]
         # Of a character cut short, SentencePiece shows every byte, and others show one mark.
         assert re.sub("�+", "�", tokenizer.decode(ids)) == re.sub("�+", "�", model.decode(ids))
+    for text in ("<0x0A>", "a<0x41>", "\n🚲\n\n", "é", "ß", "ÿĀń"):
+        ids = model.encode(text)
+        assert tokenizer.decode(ids) == model.decode(ids) == text
+
+
+TEXTS = (
+    "It says 2,418.50 in total.",
+    "A street, a bicycle and a clock.\nThe weather is sunny.",
+    "Straße № 5 — 표지판 🚲 end",
+    "a  b\n\nc",
+    "The sign\tsays go",
+)
+STOPS = ("\n", ".", "sunny", "clock.", " is", "🚲", "표지", "\n\n", "go", "№ 5", "\t", "ß")
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_generation_stops_at_any_string(tmp_path, golden, stop):
+    """transformers' own criterion, held against the text of every prefix of the ids."""
+    folder = original_folder(tmp_path, golden / "checkpoint-stage3" / "tokenizer.model", legacy=False)
+    tokenizer = load_original_tokenizer(folder)
+    criterion = StopStringCriteria(tokenizer, [stop])
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        lengths = range(1, len(ids) + 1)
+        expected = [n for n in lengths if stop in tokenizer.decode(ids[:n])]
+        found = [n for n in lengths if criterion(torch.tensor([ids[:n]]), None)[0]]
+        assert found[:1] == expected[:1], (text, found, expected)
+
+
+def test_other_tools_know_how_the_vocabulary_writes_bytes(tmp_path, golden):
+    """They read it from the decoder's steps: `<0x0A>` for a byte, and no alphabet of bytes. outlines reads Replace
+    too, and refuses patterns that are not strings."""
+    tokenizer = load_original_tokenizer(golden / "checkpoint-stage3")
+    steps = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]["decoders"]
+    usual = [step for step in steps if step["type"] != "Sequence"]
+    assert [step["type"] for step in usual] == ["Replace", "ByteFallback", "Fuse", "Strip"]
+    assert usual[0] == {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+
+
+def test_llguidance_takes_the_tokenizer(golden):
+    llguidance = pytest.importorskip("llguidance.hf")
+    tokenizer = load_original_tokenizer(golden / "checkpoint-stage3")
+    theirs = llguidance.from_tokenizer(tokenizer)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert b"".join(theirs.decode_bytes([index]) for index in ids).decode() == f" {text}"
 
 
 def test_saved_tokenizer_is_taken_as_it_is(tmp_path, model_file):

@@ -66,10 +66,37 @@ def test_token_ids_of_a_conversation(processor, name):
     case = CASES[name]
     messages = as_messages(case["turns"], picture_paths(case))
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert rendered.removeprefix("<s>").lstrip(" ") == case["prompt"]
+    # Blanks stand for the dummy prefixes that SentencePiece gives the texts between.
+    assert rendered.removeprefix("<s> ").replace("<image> ", "<image>") == case["prompt"]
     inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     ids = inputs["input_ids"]
     assert (ids[0] if isinstance(ids[0], list) else ids) == expand(case["input_ids"], processor.image_token_id)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_token_ids_as_vllm_makes_them(processor, name):
+    """It takes the ids of the rendered prompt, and replaces placeholders as it saw the processor do it elsewhere."""
+    case = CASES[name]
+    messages = as_messages(case["turns"], picture_paths(case))
+    rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
+    picture = np.zeros((320, 320, 3), np.uint8)
+    learnt = processor(text="<image><image>", images=[picture] * 2, add_special_tokens=False)["input_ids"][0]
+    assert len(learnt) % 2 == 0
+    found = []
+    for token in processor.tokenizer(rendered, add_special_tokens=False).input_ids:
+        found += learnt[: len(learnt) // 2] if token == processor.image_token_id else [token]
+    assert found == expand(case["input_ids"], processor.image_token_id)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_token_ids_in_two_steps(processor, name):
+    """The chat template first, the processor second."""
+    case = CASES[name]
+    rendered = processor.apply_chat_template(
+        as_messages(case["turns"], picture_paths(case)), add_generation_prompt=True
+    )
+    inputs = processor(text=rendered, images=picture_paths(case))
+    assert inputs["input_ids"] == [expand(case["input_ids"], processor.image_token_id)]
 
 
 @pytest.mark.parametrize("name", [key.removesuffix(".pixel_values") for key in FIGURES if "pixel" in key])

@@ -1,9 +1,14 @@
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import ask, make_model, make_picture, make_processor, make_tokenizer
 from jinja2.exceptions import TemplateError
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from convllava_hf import ConvLlavaImageProcessor, ConvLlavaProcessor
@@ -113,6 +118,100 @@ def test_template_and_processor_call_agree(processor):
     for name in called:
         assert torch.equal(tokenized[name], called[name])
     assert (tokenized["input_ids"] == 1).sum() == 1  # one beginning of sequence
+
+
+@pytest.fixture(scope="module")
+def beginning() -> ConvLlavaProcessor:
+    """A processor whose tokenizer puts `<s>` before every text, as Llama's does."""
+    processor = make_processor()
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return processor
+
+
+def test_a_prompt_that_begins_with_the_beginning_of_a_sequence_gets_no_second_one(beginning):
+    picture = make_picture()
+    chat = ask("What?", picture)
+    one_step = beginning.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    two_steps = beginning(images=picture, text=rendered(beginning, chat))["input_ids"]
+    assert two_steps == [one_step[0] if isinstance(one_step[0], list) else one_step]
+    plain = beginning(text="What?")["input_ids"][0]
+    assert plain[0] == 1 and plain.count(1) == 1
+    assert beginning(text="<s>What?")["input_ids"] == beginning(text="<s>What?", add_special_tokens=True)["input_ids"]
+    assert beginning(text="<s>What?")["input_ids"] == [plain]
+    assert beginning(text="What?", add_special_tokens=False)["input_ids"] == [plain[1:]]
+    with pytest.raises(ValueError, match=f"Prompt 0 is {len(two_steps[0])} tokens long"):
+        beginning(images=picture, text=rendered(beginning, chat), truncation=True, max_length=9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": True},
+        {"padding": True, "padding_side": "right", "pad_to_multiple_of": 8},
+        {"padding": "max_length", "max_length": 40, "truncation": True, "return_tensors": "pt"},
+        {"padding": "longest", "max_length": 14, "truncation": True},
+    ],
+    ids=str,
+)
+def test_prompts_with_and_without_the_beginning_of_a_sequence_in_one_batch(beginning, options):
+    """The batch is the one of texts that all come without it."""
+    texts = ["What is on <image>", "Why?", "And here, what is on this sign?"]
+    options = {
+        **options,
+        "images": make_picture(),
+        "return_offsets_mapping": True,
+        "return_special_tokens_mask": True,
+        "return_mm_token_type_ids": True,
+    }
+    expected = beginning(text=texts, **options)
+    found = beginning(text=[texts[0], "<s>" + texts[1], texts[2]], **options)
+    assert set(found) == set(expected)
+    # Of the text that has it, offsets tell of its place, and the mask of special tokens of those that were added.
+    for name in set(found) - {"pixel_values", "image_sizes", "offset_mapping", "special_tokens_mask"}:
+        assert np.array_equal(_padded(found[name]), _padded(expected[name])), name
+    for name in ("offset_mapping", "special_tokens_mask"):
+        for row in (0, 2):
+            assert np.array_equal(np.asarray(found[name][row]), np.asarray(expected[name][row])), name
+        assert len(found[name][1]) == len(expected[name][1])
+
+
+def _padded(rows) -> np.ndarray:
+    rows = [np.asarray(row).tolist() for row in rows]
+    width = max(map(len, rows))
+    return np.asarray([row + [-1] * (width - len(row)) for row in rows])
+
+
+def test_threads_get_what_each_gets_alone(processor):
+    """Padding is a state of the tokenizer that they share."""
+    texts = [["short", "a much longer prompt that has to be padded to"], ["one", "another one"]]
+    calls = [
+        {"text": texts[index % 2], "padding": padding, "padding_side": side, "return_offsets_mapping": True}
+        for index, (padding, side) in enumerate([(True, "left"), (False, "left"), ("max_length", "right")] * 2)
+    ]
+    calls = [{**call, "max_length": 60} if call["padding"] == "max_length" else call for call in calls]
+    expected = [dict(processor(**call)) for call in calls]
+
+    def rounds(start: int) -> list[bool]:
+        order = [(start + step) % len(calls) for step in range(150)]
+        return [dict(processor(**calls[index])) == expected[index] for index in order]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(all(equal) for equal in threads.map(rounds, range(8)))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+def test_copies_are_whole(processor, copied):
+    again = copied(processor)
+    chat = ask("What?", make_picture())
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "np"}
+    before, after = (each.apply_chat_template(chat, **options) for each in (processor, again))
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
 
 
 def test_openai_parts_and_strings_are_understood(processor, tmp_path):
@@ -227,6 +326,17 @@ def test_suffix_goes_between_a_picture_and_ordinary_text_alone():
     assert expanded == ["<image>~a<image><image></s>b<image>~\n<image>"]
     ids = processor(images=images, text="<image>a<image><image></s>b<image>\n<image>", add_special_tokens=False)
     assert processor.tokenizer.decode(ids["input_ids"][0]) == expanded[0]
+
+
+def test_suffix_is_not_repeated_where_the_template_wrote_it():
+    """A prompt that the template wrote begins with the beginning of a sequence; any other text is a text as it is."""
+    processor = make_processor(64, image_suffix="~")
+    for begins in ("<s>", ""):
+        [expanded], _ = processor.get_text_with_replacements([f"{begins}<image>~a<image>b"], ["<image>"] * 2)
+        assert expanded == (f"{begins}<image>~a<image>~b" if begins else "<image>~~a<image>~b")
+    processor.chat_template = "{{ messages[0]['content'] }}"
+    [expanded], _ = processor.get_text_with_replacements(["<image>~a<image>b"], ["<image>"] * 2)
+    assert expanded == "<image>~a<image>~b"
 
 
 def test_truncation_cuts_text_and_never_a_picture(processor):

@@ -6,16 +6,20 @@ vLLM 0.33 (transformers 5.16 to 5.20) and SGLang build the base model from `auto
 
 import inspect
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import make_config, make_model, make_picture
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from convllava_hf import ConvLlavaForConditionalGeneration
+from convllava_hf.modeling import modeling_convllava
 
 
 PICTURES = [make_picture(100, 60, seed=1), make_picture(40, 90, seed=2)]
@@ -58,6 +62,34 @@ def test_weights_of_the_checkpoint_are_the_base_models_with_the_prefix(base, che
     assert ConvLlavaForConditionalGeneration.base_model_prefix == "model"
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == {f"model.{name}" for name in base.state_dict()} | {"lm_head.weight"}
+
+
+def test_no_class_declares_weights_that_servers_would_leave_out(base, model):
+    """vLLM leaves out what a class or a part of it declares here, in the whole model too: its head would be noise."""
+    ours = [*vars(modeling_convllava).values(), ConvLlavaForConditionalGeneration]
+    models = [one for one in ours if isinstance(one, type) and issubclass(one, PreTrainedModel)]
+    assert len(models) > 5
+    for one in [*models, *base.modules(), *model.modules()]:
+        assert not getattr(one, "_keys_to_ignore_on_load_unexpected", None), one
+
+
+def test_the_base_model_loads_from_a_whole_checkpoint_without_a_report(checkpoint, caplog):
+    transformers.logging.enable_propagation()
+    try:
+        with caplog.at_level("WARNING"):
+            _, found = AutoModel.from_pretrained(checkpoint, output_loading_info=True)
+    finally:
+        transformers.logging.disable_propagation()
+    assert not caplog.records
+    assert not any(found[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_other_weights_that_the_base_model_lacks_are_reported(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({**weights, "model.other_head.weight": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    _, found = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(found["unexpected_keys"]) == 1
 
 
 def test_parts_are_found_where_servers_look(base, model):

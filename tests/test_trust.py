@@ -91,7 +91,7 @@ def commands(model: Path, folder: Path, benchmark: Path) -> dict[str, list]:
 
 
 # Those that every command loads nevertheless take seconds; one of them is enough for the quick tests.
-LOADED = ("own_code", "processor", "generation")
+LOADED = ("own_code", "processor")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,8 @@ def test_the_flag_takes_the_checkpoint_s_generate(converted_checkpoint, terminal
     one = Hostile(tmp_path / "model", converted_checkpoint("stage3"), tmp_path / "RAN")
     generation(one)
     messages = [user_turn("What is this?", [make_picture()])]
-    load(one.folder, device="cpu", dtype="float32").answer(messages, max_new_tokens=1)
+    with pytest.raises(ConvLlavaError, match="custom_generate/generate.py"):
+        load(one.folder, device="cpu", dtype="float32")
     assert one.ran == ""
     trusting = load(one.folder, device="cpu", dtype="float32", trust_remote_code=True)
     with pytest.raises(SystemExit):
@@ -151,6 +152,21 @@ def test_what_was_left_aside_is_named(converted_checkpoint, tmp_path, caplog):
     PLACES["processor"](one)
     load(one.folder, device="cpu", dtype="float32")
     assert "evil_processor.Evil in processor_config.json" in caplog.text and "--trust-remote-code" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["generate", "attention"])
+def test_what_transformers_runs_unasked_is_refused_of_a_language_model_too(place, tmp_path):
+    from parts import make_language_model, make_tower
+
+    folder, tower = make_language_model(tmp_path / "text"), make_tower(tmp_path / "tower")
+    if place == "generate":
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text("raise SystemExit(3)\n")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "evil/kernel"}))
+    with pytest.raises(ConvLlavaError, match="which is (code on the Hub and is )?not run"):
+        assemble(tmp_path / "out", vision=tower, text=folder, progress=False)
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])

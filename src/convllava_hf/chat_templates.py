@@ -12,7 +12,7 @@ from .errors import ConvLlavaError, first_line
 
 QUESTIONS = ("what is on the table", "which color has it")
 ANSWERS = ("a round lamp", "it is yellow")
-_SECONDS = 20  # a conversation of four turns takes milliseconds
+_SECONDS = 20  # of computing; a conversation of four turns takes milliseconds
 
 
 def turn(role: str, text: str, **more: Any) -> dict:
@@ -62,26 +62,32 @@ def assistant_mask_error(processing_class: Any, chat_template: str | None = None
     if not any(mask):
         return "it marks no token as the assistant's"
 
-    def words(tokens: list[int]) -> str:
-        return "".join(tokenizer.decode(tokens).split())
+    def written(tokens: list[int]) -> str:
+        return _without_blanks(tokenizer.decode(tokens))
 
-    def is_marked(text: str) -> bool:
-        return words(tokenizer(text, add_special_tokens=False)["input_ids"]) in marked
-
-    marked = words([token for token, is_assistant in zip(ids, mask, strict=True) if is_assistant])
-    if any(map(is_marked, QUESTIONS)):
+    marked = written([token for token, is_assistant in zip(ids, mask, strict=True) if is_assistant])
+    if any(_without_blanks(question) in marked for question in QUESTIONS):
         return "it marks what the user says as the assistant's"
-    if not any(map(is_marked, ANSWERS)):
+    # As the tokenizer writes them: it may not know every letter.
+    answers = [written(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in ANSWERS]
+    if not any(answer in marked for answer in answers):
         return "the tokens that it marks as the assistant's are not those of the answers"
     return None
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
 
 
 @contextmanager
 def time_limit(seconds: float | None = None) -> Iterator[None]:
     """Ends a chat template that loops for ever.
 
-    transformers' sandbox bounds ranges, not what loops over them. Signals reach the main thread only, and not on
-    Windows: elsewhere there is no limit.
+    transformers' sandbox bounds ranges, not what loops over them. Signals reach the main thread only, and there are
+    none on Windows: elsewhere there is no limit.
+
+    Args:
+        seconds: of this process's computing, not of waiting.
 
     Raises:
         ConvLlavaError: what runs inside takes longer.
@@ -93,14 +99,14 @@ def time_limit(seconds: float | None = None) -> Iterator[None]:
 
     def stop(*_) -> None:
         raise ConvLlavaError(
-            f"The chat template has not written a short conversation after {seconds:g} seconds. It probably loops "
-            "for ever: use another one."
+            f"The chat template has not written a short conversation after {seconds:g} seconds of computing. It "
+            "probably loops for ever: use another one."
         )
 
-    before = signal.signal(signal.SIGALRM, stop)
-    rest, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, rest)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)

@@ -363,7 +363,7 @@ def load(
         )
     except pickle.UnpicklingError as error:
         raise ConvLlavaError(pickled_code(source)) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(

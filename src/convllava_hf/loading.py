@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from .errors import ConvLlavaError, first_line
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.processing_convllava import ConvLlavaProcessor
-from .trust import check_config_code, explain_refusal, from_checkpoint, warn_of_foreign_code
+from .trust import check_code, explain_refusal, from_checkpoint, warn_of_foreign_code
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -93,7 +93,7 @@ def kind_of_checkpoint(
     config = _read_config(name, revision)
     model_type = config.get("model_type")
     if model_type == ConvLlavaConfig.model_type:
-        check_config_code(name, config, trust_remote_code)
+        check_code(name, config, trust_remote_code)
         return CONVERTED
     if "mm_vision_tower" in config:
         return ORIGINAL

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 AUTO_MAP_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _OWN_MODULES = {f"{name}_convllava" for name in ("configuration", "modeling", "image_processing", "processing")}
+_GENERATE = "custom_generate/generate.py"
 _FLAG = "--trust-remote-code"
 
 
@@ -52,20 +53,31 @@ def foreign_code(source: str | os.PathLike, revision: str | None = None) -> list
     return list(found)
 
 
-def check_config_code(name: str, config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
-    """Refuses a config.json that would have transformers download a kernel and run it.
+def check_code(name: str, config: Mapping[str, Any], trust_remote_code: bool = False, never: bool = False) -> None:
+    """Refuses code that transformers would run whatever it was told.
+
+    That is an attention which is a kernel on the Hub, and, with some versions of transformers, a function in the
+    checkpoint's folder that takes the place of `generate`.
+
+    Args:
+        never: whether the command has no flag by which it would be run.
 
     Raises:
-        ConvLlavaError: an attention is named by a repository.
+        ConvLlavaError: names the code.
     """
     if trust_remote_code:
         return
+    unless = "" if never else f" unless {_FLAG} is given. Read it first, or go without"
+    if (Path(name) / _GENERATE).is_file():
+        raise ConvLlavaError(
+            f"{name!r} brings code in the place of generate, {_GENERATE}, which is not run{unless}: delete it."
+        )
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
             if "/" in str(part.get(key)):
                 raise ConvLlavaError(
-                    f"config.json of {name!r} sets {key} to {part[key]!r}, which is code on the Hub. It is not run "
-                    f"unless {_FLAG} is given: read that code first, or take the key out of config.json."
+                    f"config.json of {name!r} sets {key} to {part[key]!r}, which is code on the Hub and is not "
+                    f"run{unless}: take the key out of config.json."
                 )
 
 

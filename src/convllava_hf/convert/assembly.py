@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
 from ..record import write_record
-from ..trust import foreign_code
+from ..trust import check_code, foreign_code
 from . import layout
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
-from .reading import Weights, locate
+from .reading import Weights, locate, read_json
 from .templates import template_with_pictures
 from .tokenizers import IMAGE_TOKEN, add_image_token, load_original_tokenizer, prefix_after
 from .towers import StateDict, Tower, read_tower
@@ -177,6 +177,7 @@ def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
 
 def _read_config(folder: Path) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
     """A causal language model's config, and its classes with and without a head, without weights."""
+    check_code(str(folder), read_json(folder / "config.json", _WHAT), never=True)
     try:
         config = AutoConfig.from_pretrained(folder, **_NO_CODE)
         with torch.device("meta"):

@@ -74,7 +74,7 @@ def convert_checkpoint(
         dtype or config.get("torch_dtype"), default=next(iter(language_model.dtypes.values()), torch.float32)
     )
     suffix = prefix_after(tokenizer, IMAGE_TOKEN)
-    template = vicuna_template(after_bos=prefix_after(tokenizer, tokenizer.bos_token))
+    template = vicuna_template(prefix_after(tokenizer, tokenizer.bos_token), after_image=suffix)
     with configuration_errors(f"The configuration of {folder} or of its vision tower"):
         _check_size(tower.config, text_config, sum(map(len, (each.dtypes for each in weights.values()))))
         new = layout.new_config(tower.config, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), dtype)

@@ -35,7 +35,8 @@ _SYNTAX = re.compile(
 # Qwen3 writes an empty thought before a call of a tool, and drops it once the tool has answered. TRL finds what a
 # tool's answer adds by comparing the two, so it must stay. Conversations without tools are written as before.
 _DROPS_THOUGHTS = "{%- if loop.last or (not loop.last and reasoning_content) %}"
-# Qwen2.5 writes the role in a statement of its own, and the line break together with what is said.
+# Qwen2.5 writes the role in one statement, and the line break in the next with what is said. TRL's training variant
+# takes the loss on that line break too, so we do.
 _ROLE_ALONE = re.compile(r"""['"]<\|im_start\|>['"] \+ message\.role \}\}""")
 
 
@@ -193,14 +194,13 @@ def _emission(template: str, loop: _Loop, header: str, name: str) -> str:
 def _with_tail(tokenizer: Any, template: str, loop: _Loop) -> str:
     """The template with a special token that it writes after the last message marked as well, if the assistant said
     the last (Phi 3)."""
-    text = render(tokenizer, template, _conversation(1))
-    tail = text[len(render(tokenizer, _instrumented(template, loop), _conversation(1)).split(_LAST)[0]) - 1 :]
+    tail = render(tokenizer, _instrumented(template, loop), _conversation(1)).rpartition(_LAST)[2]
     if not loop.outermost or not _stops(tokenizer).fullmatch(tail):
         return template
     source = template[loop.after :].removesuffix("\n")
     name = _name(template, "tail")
     emission = (
-        '{%- if messages[-1]["role"] == "assistant" and not add_generation_prompt -%}\n'
+        '{%- if messages and messages[-1]["role"] == "assistant" and not add_generation_prompt -%}\n'
         f"    {{%- generation -%}}{{{{- {name} -}}}}{{%- endgeneration -%}}\n"
         f"{{%- else -%}}\n    {{{{- {name} -}}}}\n{{%- endif -%}}\n"
     )

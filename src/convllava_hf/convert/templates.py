@@ -4,10 +4,10 @@ from importlib import resources
 
 from ..chat_templates import time_limit
 from .marking import TemplateFailure, mark_assistant, render
-from .tokenizers import IMAGE_TOKEN
+from .tokenizers import IMAGE_TOKEN, prefix_after
 
 
-_FIRST_LINE = '{%- set after_bos = " " -%}'
+_FIRST_LINES = '{%- set after_bos = " " -%}\n{%- set after_image = after_bos -%}\n'
 
 # Stands before a template that knows nothing of pictures and hands it every message's content as a string, with a line
 # of its own for each picture. It ends without stripping, so the template behind it begins exactly as before.
@@ -34,18 +34,23 @@ _PICTURES = """\
 """
 
 
-def vicuna_template(after_bos: str = " ") -> str:
+def vicuna_template(after_bos: str = " ", after_image: str | None = None) -> str:
     """The Vicuna-v1 template of ConvLLaVA.
 
     Args:
-        after_bos: what stands between the beginning-of-sequence token and the text: a blank where the tokenizer puts
-            SentencePiece's dummy prefix before the beginning of the text alone, nothing otherwise.
+        after_bos: what goes between the token for the beginning of a sequence and the text: a blank where the
+            tokenizer puts SentencePiece's dummy prefix only before the beginning of the text, nothing otherwise.
+        after_image: what goes between an image and text after it, likewise. Default: the same.
     """
     template = (resources.files("convllava_hf.modeling") / "chat_template.jinja").read_text(encoding="utf-8")
-    first, rest = template.split("\n", 1)
-    if first != _FIRST_LINE or after_bos not in ("", " "):
-        raise ValueError(f"chat_template.jinja must begin with {_FIRST_LINE!r}, and after_bos be '' or ' '.")
-    return f'{{%- set after_bos = "{after_bos}" -%}}\n{rest}'
+    after_image = after_bos if after_image is None else after_image
+    if not template.startswith(_FIRST_LINES) or not {after_bos, after_image} <= {"", " "}:
+        raise ValueError(
+            f"chat_template.jinja must begin with {_FIRST_LINES!r}, and after_bos and after_image be '' or ' ', not "
+            f"{after_bos!r} and {after_image!r}."
+        )
+    first = f'{{%- set after_bos = "{after_bos}" -%}}\n{{%- set after_image = "{after_image}" -%}}\n'
+    return first + template.removeprefix(_FIRST_LINES)
 
 
 def template_with_pictures(tokenizer, after_bos: str, template: str | None = None) -> str:
@@ -67,8 +72,13 @@ def template_with_pictures(tokenizer, after_bos: str, template: str | None = Non
         template = vicuna_template(after_bos)
         template = template if tokenizer.bos_token else '{%- set bos_token = "" -%}\n' + template
     elif not _takes_pictures(tokenizer, template):
-        template = _PICTURES + template
+        template = _pictures(tokenizer) + template
     return mark_assistant(tokenizer, template)
+
+
+def _pictures(tokenizer) -> str:
+    """`_PICTURES`, with what gives the text after an image its dummy prefix."""
+    return _PICTURES.replace(IMAGE_TOKEN, IMAGE_TOKEN + prefix_after(tokenizer, IMAGE_TOKEN))
 
 
 def _takes_pictures(tokenizer, template: str) -> bool:

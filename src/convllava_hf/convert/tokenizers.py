@@ -201,18 +201,28 @@ def _read_proto(model_file: Path):
 
 
 def _decoder(strip: bool):
-    """Tokens to text as SentencePiece does it, bytes that are no UTF-8 included.
+    """Tokens to text as SentencePiece does it, bytes that are no UTF-8 included, in steps that look like Llama's.
 
-    The usual `ByteFallback` gives up a whole run of bytes if one of them is wrong, such as the newline before half a
-    character. `ByteLevel` does not, but speaks GPT-2's alphabet of bytes, whose letters also stand in ordinary tokens;
-    a mark that is in no alphabet keeps those as they are.
+    Llama's are Replace, ByteFallback, Fuse and Strip. Other tools read from them how the vocabulary writes bytes
+    (transformers for `stop_strings`, llguidance, outlines, xgrammar): as `<0x0A>`, not in an alphabet like GPT-2's.
+
+    ByteFallback by itself gives up a whole run of bytes if one of them is wrong, such as the newline before half a
+    character. ByteLevel does not, but speaks GPT-2's alphabet, whose letters are in ordinary tokens too; a mark that
+    is in no alphabet keeps those as they are. So bytes are written in that alphabet first, and ByteFallback, which
+    then finds none, changes nothing. What does this is put into inner sequences, where those tools do not look:
+    outlines refuses regular expressions, and all of them take ByteLevel for the way the vocabulary is written.
     """
+    to_letters = [
+        decoders.Replace(Regex(r"^(?=[\s\S]*[^\x00-\x7f])"), _NOT_BYTES),
+        *(decoders.Replace(f"<0x{byte:02X}>", letter) for byte, letter in _byte_alphabet().items()),
+    ]
+    to_text = [decoders.ByteLevel(), decoders.Replace(_NOT_BYTES, "")]
     steps = [
         decoders.Replace(_BLANK, " "),
-        decoders.Replace(Regex(r"\A(?=[\s\S]*[^\x00-\x7f])"), _NOT_BYTES),
-        *(decoders.Replace(f"<0x{byte:02X}>", letter) for byte, letter in _byte_alphabet().items()),
-        decoders.ByteLevel(),
-        decoders.Replace(_NOT_BYTES, ""),
+        decoders.Sequence(to_letters),
+        decoders.ByteFallback(),
+        decoders.Sequence(to_text),
+        decoders.Fuse(),
     ]
     return decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
 

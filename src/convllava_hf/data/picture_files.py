@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ..errors import first_line
+
 # The image processor's own way from files to RGB, so that what is found good here is what it can read.
 from ..modeling.image_utils_convllava import ImageError, image_errors, open_image, orientation_of, to_rgb
 
@@ -80,7 +82,7 @@ def _examine_file(path: str) -> Examined:
 
 def _printable(path: str) -> str:
     """A path as UTF-8 can hold it, on one line: names of files are bytes, and any of them may be in one."""
-    return " ".join(path.encode("utf-8", "backslashreplace").decode().split("\n"))
+    return " ".join(path.encode("utf-8", "backslashreplace").decode().splitlines())
 
 
 def _examine(source: Any, name: str) -> Examined:
@@ -106,7 +108,7 @@ def _examine(source: Any, name: str) -> Examined:
             return Examined(None, "unreadable picture", f"{name} is of no format that is opened")
         if cause is None or getattr(cause, "errno", None) is not None:  # said by us, or by the system
             return Examined(size, "unreadable picture", str(error))
-        return Examined(size, "truncated picture", f"{name} cannot be decoded to its end: {cause}")
+        return Examined(size, "truncated picture", f"{name} cannot be decoded to its end: {first_line(cause)}")
     if frames > 1:
         return Examined(size, "animated picture", f"{name} has {frames} frames; only the first would be seen")
     return Examined(size)

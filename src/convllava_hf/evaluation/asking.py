@@ -12,6 +12,7 @@ import torch
 from ..data.picture_files import stored_size
 from ..errors import first_line
 from ..inference import Assistant, assistant_turn, prompt_inputs
+from ..modeling.image_utils_convllava import orientation_of
 from ..modeling.processing_convllava import ConvLlavaProcessor
 from .batches import generate
 from .judging import Seen
@@ -143,7 +144,9 @@ class Asker:
         return sample.stem if self.likelihood and sample.choices else sample.prompt
 
     def _seen(self, picture) -> Seen:
-        return Seen(*picture.size, padded=self._mode == "pad")
+        turned = orientation_of(picture) in (5, 6, 7, 8)  # EXIF: height and width are exchanged
+        width, height = picture.size[::-1] if turned else picture.size
+        return Seen(width, height, padded=self._mode == "pad")
 
     def _encode(self, batch: Batch, conversations: list[list[dict]]) -> None:
         """Fills `inputs`, and leaves out samples whose picture cannot be decoded after all, or which are too long."""

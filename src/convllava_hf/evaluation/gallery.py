@@ -49,7 +49,7 @@ def is_right(row: Row) -> bool:
 def thumbnail(source: Source, row: Row) -> str:
     """A sample's picture, upright and small: a JPEG in base64."""
     sample = Sample(row["id"], row["row"], row["question"], (), picture=row.get("picture_key"))
-    picture = ConvLlavaImageProcessor().fetch_images(source.picture_of(sample))
+    picture = ConvLlavaImageProcessor().fetch_images(source.picture_of(sample)).copy()
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=_QUALITY)

@@ -39,15 +39,15 @@ def _load(folder: str, base_model: str | None, base_code: str | None):
 
     if base_model and base_code:  # the base model's repository is somebody else's, and so is the code in it
         name = "modeling_convllava.ConvLlavaForConditionalGeneration"
-        loader, trust = get_class_from_dynamic_module(name, base_code), {}
+        loader, trust = get_class_from_dynamic_module(name, base_code), False
     else:
-        loader, trust = AutoModelForImageTextToText, {"trust_remote_code": True}
+        loader, trust = AutoModelForImageTextToText, True
     model, info = loader.from_pretrained(
         base_model or folder,
         dtype="auto",
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        trust_remote_code=trust,
         output_loading_info=True,
-        **trust,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, info.get(kind) or ())):
