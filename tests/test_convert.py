@@ -370,3 +370,41 @@ def test_shard_writer_writes_what_safetensors_reads(tmp_path):
     writer = ShardWriter(tmp_path, announced, max_shard_size=100)
     with pytest.raises(ValueError, match="next tensor to write is a"):
         writer.write("b", tensors["b"])
+
+
+# --- two at once, and what the dead leave ----------------------------------------------------------------------------
+
+
+def test_two_conversions_into_one_folder(source, tmp_path, monkeypatch):
+    """The second is refused before it reads anything, and the first is not disturbed."""
+    out = tmp_path / "out"
+    write, refusals = ShardWriter.write, []
+
+    def meanwhile(self, name, tensor):
+        if not refusals:
+            with pytest.raises(ConvLlavaError, match="out is being written by another process") as caught:
+                convert_checkpoint(source, out, progress=False)
+            refusals.append(caught.value)
+        write(self, name, tensor)
+
+    monkeypatch.setattr(ShardWriter, "write", meanwhile)
+    convert_checkpoint(source, out, progress=False)
+    assert len(refusals) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_what_a_killed_conversion_left_is_put_back_and_cleared(source, converted, tmp_path):
+    out, old = tmp_path / "out", tmp_path / ".out.0123abcd.old"
+    shutil.copytree(converted, old)  # killed between the two renames
+    (tmp_path / ".out.0123abcd.partial").mkdir()
+    (tmp_path / ".out.lock").touch()
+    with pytest.raises(ConvLlavaError, match="exists already"):
+        convert_checkpoint(source, out, progress=False)
+    assert_same_weights(out, converted)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_full_disk_names_the_file_that_was_being_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("struct.pack", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+        convert_checkpoint(source, tmp_path / "out", progress=False)

@@ -1,11 +1,15 @@
 """The web page as programs reach it: Gradio's own client, and plain HTTP for what a browser would never send."""
 
+import asyncio
 import http.client
 import json
 import re
+import socket
 import time
 import urllib.parse
 import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,10 @@ from convllava_hf.demo.limits import Limits
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 
+from gradio.route_utils import GradioMultiPartParser  # noqa: E402
+from starlette.datastructures import Headers  # noqa: E402
+
+from convllava_hf.demo.guard import _Upload  # noqa: E402
 from convllava_hf.demo.serving import page_of  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 
@@ -348,6 +356,104 @@ def test_stored_uploads_are_bounded(assistant):
         statuses = [upload(url, bytes([number]) * 150_000)[0] for number in range(6)]
         assert statuses[0] == 200 and statuses[-1] == 503
         assert request(url, "GET", "/")[0] == 200
+
+
+def disk_bytes(folder: Path) -> int:
+    """What `du` says."""
+    return sum(512 * path.lstat().st_blocks for path in (folder, *folder.rglob("*")))
+
+
+def test_the_bound_holds_for_uploads_that_arrive_together(assistant):
+    limits = Limits(upload_bytes=1_000_000, stored_bytes=5_000_000)
+    with page_of(assistant, "scripted", limits=limits) as other:
+        bodies = [form(bytes([number]) * 900_000) for number in range(24)]
+        with ThreadPoolExecutor(24) as pool:
+            sent = [
+                pool.submit(request, other, "POST", "/gradio_api/upload", body, Content_Type=content_type)
+                for body, content_type in bodies
+            ]
+            answers = [one.result() for one in sent]
+        statuses = Counter(status for status, _ in answers)
+        assert set(statuses) == {200, 503} and 1 <= statuses[200] <= 5
+        folder = Path(next(json.loads(body)[0] for status, body in answers if status == 200)).parents[1]
+        assert disk_bytes(folder) <= limits.stored_bytes
+        # What was refused has left no reservation: as much as before fits in again.
+        for path in folder.glob("*/a.png"):
+            path.unlink()
+        assert upload(other, b"x" * 900_000)[0] == 200
+
+
+def test_many_small_files_take_no_more_than_the_bound(assistant):
+    limits = Limits(upload_bytes=1_000_000, stored_bytes=2_000_000)
+    with page_of(assistant, "scripted", limits=limits) as url:
+        _, body = upload(url, b"first")
+        folder = Path(json.loads(body)[0]).parents[1]
+        before = len(list(folder.rglob("*")))
+        boundary = uuid.uuid4().hex
+        parts = "".join(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{number}"\r\n\r\n{number}\r\n'
+            for number in range(1000)
+        )
+        content = f"{parts}--{boundary}--\r\n".encode()
+        headers = {"Content_Type": f"multipart/form-data; boundary={boundary}"}
+        status, said = request(url, "POST", "/gradio_api/upload", content, **headers)
+        assert status == 413 and b"too many files" in said
+        assert len(list(folder.rglob("*"))) - before < 20
+        statuses = [upload(url, b"%d" % number)[0] for number in range(300)]  # each of one block, in one more
+        assert statuses[0] == 200 and statuses[-1] == 503
+        assert disk_bytes(folder) <= limits.stored_bytes
+
+
+def test_the_number_of_stored_files_is_bounded(assistant):
+    with page_of(assistant, "scripted", limits=Limits(stored_files=20)) as url:
+        statuses = [upload(url, b"%d" % number)[0] for number in range(12)]
+        assert statuses[0] == 200 and statuses[-1] == 503
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+def test_the_files_of_an_upload_are_counted_however_its_body_is_cut(size):
+    """Against Gradio's own parser, which is given what the guard lets through."""
+
+    def parts(count: int) -> bytes:
+        head = b'--xyz\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        return b"".join(head + b"-%d-\r\n" % number for number in range(count)) + b"--xyz--\r\n"
+
+    async def through(body: bytes) -> tuple[int, bool]:
+        pieces = iter([body[start : start + size] for start in range(0, len(body), size)])
+        left = {"pieces": len(range(0, len(body), size))}
+
+        async def receive() -> dict:
+            left["pieces"] -= 1
+            return {"type": "http.request", "body": next(pieces), "more_body": left["pieces"] > 0}
+
+        guarded = _Upload({"headers": [(b"content-type", b"multipart/form-data; boundary=xyz")]}, receive)
+
+        async def stream():
+            more = True
+            while more:
+                message = await guarded.receive()
+                more = message["more_body"]
+                yield message["body"]
+
+        headers = Headers({"Content-Type": "multipart/form-data; boundary=xyz"})
+        data = await GradioMultiPartParser(headers, stream(), max_file_size=1000).parse()
+        return len(data.getlist("files")), guarded.cut
+
+    for count in (1, 4, 5, 40):
+        assert asyncio.run(through(parts(count))) == (min(count, 4), count > 4), count
+
+
+def test_uploads_that_were_broken_off_are_deleted(assistant):
+    with page_of(assistant, "scripted", limits=Limits(stored_seconds=2)) as url:
+        folder = Path(json.loads(upload(url, b"first")[1])[0]).parents[1]
+        body, content_type = form(b"x" * 200_000)
+        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: a\r\nContent-Type: {content_type}\r\n"
+        with socket.create_connection(urllib.parse.urlsplit(url).netloc.split(":")) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:100_000])
+            _until(lambda: [path for path in folder.iterdir() if path.is_file()])
+        time.sleep(2.5)
+        assert upload(url, b"second")[0] == 200
+        assert not [path for path in folder.iterdir() if path.is_file()]
 
 
 def test_uploads_and_drawings_are_deleted_and_the_examples_stay(assistant, picture):

@@ -271,3 +271,87 @@ def test_the_page_in_a_browser(reported):
             assert browser.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
         assert not browser.problems
         assert all(url.startswith(("file:", "data:", "about:")) for url in browser.requests)
+
+
+# --- files of other versions, and edited ones
+
+
+def _without(value: dict, key: str) -> dict:
+    return {name: entry for name, entry in value.items() if name != key}
+
+
+@pytest.fixture
+def edited(reported, tmp_path):
+    """A function: a copy of the output folder in which a file of one run is another."""
+
+    def edit(run: str, name: str, change) -> Path:
+        folder = tmp_path / "edited"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(reported, folder)
+        path = folder / run / name
+        if name.endswith("jsonl"):
+            rows = [change(json.loads(line)) for line in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return folder
+
+    return edit
+
+
+def test_every_key_that_a_page_needs_is_looked_at(edited, reported):
+    """Without a key, or with another type under it, there is a page or one sentence that names file and key."""
+    record = json.loads((reported / "textvqa" / "record.json").read_text())
+    for key in record:
+        changes = [_without(record, key), *({**record, key: value} for value in (None, [], "x", 1e400))]
+        for changed in changes:
+            folder = edited("textvqa", "record.json", lambda one, changed=changed: changed)
+            try:
+                write_report(folder)
+            except ConvLlavaError as error:
+                assert "record.json" in str(error), (key, error)
+                assert key in str(error) or "this version" in str(error), (key, error)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: _without(one, "ocr_tokens"), "ocr_tokens is missing; expected true or false"),
+        (lambda one: {**one, "score": "65"}, "score is '65'; expected a finite number"),
+        (lambda one: {**one, "counts": {}}, "counts.left_out is missing; expected a number of samples"),
+        (lambda one: {**one, "pictures": {"mode": "<b>"}}, "pictures.mode is '<b>'; expected pad, native or"),
+    ],
+)
+def test_an_edited_record_is_refused_by_its_key(edited, change, said):
+    folder = edited("textvqa", "record.json", change)
+    with pytest.raises(ConvLlavaError, match=re.escape(said)):
+        write_report(folder)
+    with pytest.raises(ConvLlavaError, match=re.escape(said)):
+        compare(folder / "textvqa", folder / "textvqa")
+
+
+@pytest.mark.parametrize("run", ["refcoco", "textvqa", "pope"])
+def test_edited_samples_are_compared_or_refused_by_their_key(edited, run, monkeypatch):
+    monkeypatch.setattr("convllava_hf.evaluation.comparison.paired_test", lambda *args: None)  # it takes its time
+    for key in ("id", "question", "prediction", "answers", "score", "read", "group", "category", "failure"):
+        for value in (None, [], 5, "x", [["x"]]):
+            folder = edited(run, "samples.jsonl", lambda one, key=key, value=value: {**one, key: value})
+            try:
+                compare(folder / run, folder / run)
+            except ConvLlavaError as error:
+                assert key in str(error) or "no row" in str(error) or "no scored sample" in str(error), (key, value)
+
+
+def test_an_edited_gallery_cannot_put_anything_else_into_the_page(edited):
+    evil = '"><script>alert(1)</script><img src="https://example.org/x.png">'
+    for run in ("refcoco", "textvqa"):
+        for key in ("id", "question", "prediction", "answers", "score", "read", "jpeg", "truth", "overlap", "picture"):
+            for value in (evil, [evil], None, 5):
+                folder = edited(run, "gallery.json", lambda rows, k=key, v=value: [{**row, k: v} for row in rows])
+                try:
+                    page = Page(write_report(folder).read_text())
+                except ConvLlavaError as error:
+                    assert "gallery.json" in str(error) and key in str(error), (key, value, error)
+                else:
+                    assert not page.of("script")
+                    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)

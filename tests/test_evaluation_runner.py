@@ -519,3 +519,27 @@ def test_batches_are_made_ready_beside_the_model_where_another_device_runs_it(de
     threads, prepared = zip(*runner._prepared(asker, batches), strict=True)
     assert list(prepared) == batches
     assert all((thread != here) is beside for thread in threads)
+
+
+def test_two_runs_in_one_folder_are_one_too_many(run, tmp_path, scripted, monkeypatch):
+    data = make("pope", tmp_path / "data")
+    refusals = []
+
+    def answer(sample) -> str:
+        if not refusals:
+            with pytest.raises(ConvLlavaError, match="being written by another process") as caught:
+                run("pope", data)
+            refusals.append(caught.value)
+        return "Yes"
+
+    scripted(answer)
+    folder, record, rows = run("pope", data)
+    assert len(refusals) == 1 and record["samples"] == len(rows)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert sorted(path.name for path in folder.iterdir()) == ["record.json", "run.json", "samples.jsonl"]
+    run("pope", data, limit=2)  # another folder
+
+
+def test_a_run_is_not_begun_in_a_folder_of_the_system(run, tmp_path):
+    with pytest.raises(ConvLlavaError, match="--output is .*folder of the operating system"):
+        run("pope", make("pope", tmp_path / "data"), output="/etc/convllava")

@@ -323,3 +323,98 @@ def test_an_about_file_that_cannot_be_used(tmp_path, content, message):
         read_about(file)
     with pytest.raises(ConvLlavaError, match="cannot be read"):
         read_about(tmp_path / "missing.yaml")
+
+
+# --- a stranger's words
+
+
+EVIL = [
+    "<img src=https://evil.example/x.png onerror=alert(1)>",
+    "![x](https://evil.example/x.png)",
+    "[click](https://evil.example)",
+    "https://evil.example www.evil.example <https://evil.example> me@evil.example",
+    "a | b\n\n# Heading\n<script>alert(1)</script>",
+    "`code` *bold* **strong** ~~gone~~ $x$ &lt;b&gt; \\| \x1b[31m \ud800",
+    "``` <b>",
+    "x" * 100_000,
+]
+
+
+def _told_by_a_stranger(staged, tmp_path, words: str) -> str:
+    """A card of which a record and a file of results say the same words everywhere."""
+    told = {
+        "name": words,
+        "started_from": words,
+        "method": words,
+        "trainable": [words, words],
+        "data": [{"name": words}],
+        "hyperparameters": {"optim": words, "lr_scheduler_type": words, "seed": words, "warmup_steps": words},
+        "lora": {"r": words, "modules_to_save": [words]},
+        "dtype": words,
+        "steps": words,
+        "versions": {words: words, "torch": words},
+    }
+    record = {"origin": dict.fromkeys(("vision_tower", "language_model", "checkpoint"), words), "stages": [told]}
+    (staged.folder / "training_record.json").write_text(json.dumps(record))
+    file = tmp_path / "results.json"
+    keys = ("benchmark", "metric", "dataset", "split", "setting", "source_name")
+    result = {**TEXTVQA, **dict.fromkeys(keys, words[:400]), "source_url": "https://example.org/a"}
+    file.write_text(json.dumps(result))
+    return render(staged, results=read_results(file))
+
+
+@pytest.mark.parametrize("evil", EVIL, ids=range(len(EVIL)))
+def test_what_a_stranger_recorded_and_measured_is_shown_as_text(staged, tmp_path, evil):
+    markdown_it = pytest.importorskip("markdown_it")
+    harmless = _parsed(markdown_it, _told_by_a_stranger(staged, tmp_path, "word"))
+    card = _told_by_a_stranger(staged, tmp_path, evil)
+    card.encode()
+    assert len(card) < 60_000
+    assert _parsed(markdown_it, card) == harmless
+    assert not harmless["html"] and "https://example.org/a" in harmless["links"]
+
+
+def _parsed(markdown_it, card: str) -> dict:
+    """What a reader of GitHub's Markdown makes of a card."""
+    text = card.split("---\n", 2)[2]
+    reader = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tokens = reader.parse(text)
+    inline = [child for token in tokens for child in token.children or ()]
+    # GitHub and the Hub make links of bare addresses as well.
+    prose = re.sub(r"(?<!\\)`[^`]*`", "", "".join(re.findall(r"^\|.*$|^Software.*$", text, re.M)))  # none in code
+    bare = re.findall(r"(?:https?://|www\.)\S*evil|\w@evil", prose)
+    return {
+        "headings": sum(token.type == "heading_open" for token in tokens),
+        "tables": sum(token.type == "table_open" for token in tokens),
+        "images": [one.attrs["src"] for one in inline if one.type == "image"],
+        "html": [token.content for token in (*tokens, *inline) if token.type.startswith("html")],
+        "links": {one.attrs["href"] for one in inline if one.type == "link_open"} | set(bare),
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, 1.5, True, None, "text", [], [1], {"a": 1}, {"a": [{}]}, [[[]]], [{"name": [1]}]]
+)
+def test_wrong_types_in_a_record_do_not_break_the_card(staged, wrong):
+    keys = (*STAGE, "lora", "origin", "eval_loss", "devices", "epochs", "dtype")
+    stages = [{**STAGE, key: wrong} for key in keys]
+    stages += [{**STAGE, "hyperparameters": dict.fromkeys(STAGE["hyperparameters"], wrong)}]
+    stages += [{**STAGE, "lora": {"r": wrong, "modules_to_save": wrong}}, {**STAGE, "versions": {"torch": wrong}}]
+    for record in (
+        *({"origin": {}, "stages": [one]} for one in stages),
+        {"origin": {"vision_tower": wrong, "language_model": wrong, "checkpoint": wrong}, "stages": stages},
+        {"origin": wrong, "stages": [wrong]},
+        {"origin": wrong, "stages": wrong},
+    ):
+        (staged.folder / "training_record.json").write_text(json.dumps(record))
+        assert "## Where it comes from" in render(staged)
+
+
+@pytest.mark.parametrize(
+    "url", ["javascript:alert(1)", "https://a.example) ![x](https://evil.example", "ftp://x", "<b>"]
+)
+def test_the_source_of_a_result_is_an_address(tmp_path, url):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**TEXTVQA, "source_name": "me", "source_url": url}))
+    with pytest.raises(ConvLlavaError, match="source_url is .*; expected an address"):
+        read_results(file)

@@ -68,9 +68,9 @@ def refused(checkpoint, tmp_path, capsys, monkeypatch):
 
 def test_arguments_are_named(refused):
     for text in HALVES:
-        assert "QUESTION has half a surrogate pair" in refused("ask", text)
-        assert "--system has half a surrogate pair" in refused("ask", "What?", "--system", text)
-        assert "--system has half a surrogate pair" in refused("chat", "--system", text)
+        assert "The argument question has half a surrogate pair" in refused("ask", text)
+        assert "The argument system has half a surrogate pair" in refused("ask", "What?", "--system", text)
+        assert "The argument system has half a surrogate pair" in refused("chat", "--system", text)
 
 
 def test_chat_goes_on_after_a_line_that_is_not_utf8(checkpoint, capsys, monkeypatch):

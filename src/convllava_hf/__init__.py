@@ -52,5 +52,7 @@ def _command_line_starts() -> bool:
 
 # The command line answers --help and mistakes without waiting for torch; it registers before it runs a command, or the
 # command does where it can begin without.
-if not _command_line_starts():
+if _command_line_starts():
+    import_module(f"{__name__}.interrupts").leave_quietly()
+else:
     import_module(f"{__name__}.registration")

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
+from .damaged import blamed_on, check_generation_config
 from .errors import ConvLlavaError, first_line
 from .fast_tower import choose_tower, has_plain_products, speed_up
 from .loading import (
@@ -353,17 +353,20 @@ def load(
     if kind == ORIGINAL:
         source = _converted(source)
     processor = load_processor(source, trust_remote_code=trust_remote_code)
+    with blamed_on(source):  # a question shows whether template and image processor can be used, before the weights
+        prompt_inputs(processor, [[user_turn("?", [Image.new("RGB", (64, 64))])]])
     try:
-        model, info = from_checkpoint(
-            ConvLlavaForConditionalGeneration,
-            AutoModelForImageTextToText,
-            source,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+        with blamed_on(source):
+            model, info = from_checkpoint(
+                ConvLlavaForConditionalGeneration,
+                AutoModelForImageTextToText,
+                source,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
     except pickle.UnpicklingError as error:
         raise ConvLlavaError(pickled_code(source)) from error
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except ImportError as error:
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise ConvLlavaError(
@@ -374,6 +377,7 @@ def load(
             f"The checkpoint {os.fspath(source)!r} lacks {len(missing)} of the model's tensors, the first of them "
             f"{missing[0]}: its files are incomplete, or its config.json is another model's."
         )
+    check_generation_config(model.generation_config, model.get_input_embeddings().weight.shape[0], source)
     if tower is not None or has_plain_products(model.vision_tower):
         speed_up(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import TemplateError
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
+from .damaged import blamed_on
 from .errors import ConvLlavaError, first_line
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.processing_convllava import ConvLlavaProcessor
@@ -22,6 +22,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 CONVERTED, ORIGINAL = "converted", "original"
 QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
 def load_processor(
@@ -40,27 +41,18 @@ def load_processor(
     check_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
     _check_processor_files(source)
     options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-    try:
-        processor = from_checkpoint(ConvLlavaProcessor, AutoProcessor, source, **options)
-    except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
-        if not trust_remote_code and (reason := explain_refusal(error, source, revision)):
-            raise ConvLlavaError(reason) from error
-        raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
-    _check_template(source, processor)
+    with blamed_on(source):
+        try:
+            processor = from_checkpoint(ConvLlavaProcessor, AutoProcessor, source, **options)
+        except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
+            if not trust_remote_code and (reason := explain_refusal(error, source, revision)):
+                raise ConvLlavaError(reason) from error
+            raise
+    with blamed_on(source, "Cannot use the chat template of the checkpoint"):  # which may try to leave the sandbox
+        processor.apply_chat_template(_QUESTION, add_generation_prompt=True, tokenize=False)
     if not trust_remote_code:
         warn_of_foreign_code(source, revision)
     return processor
-
-
-def _check_template(source: str | os.PathLike, processor: ConvLlavaProcessor) -> None:
-    """Refuses a chat template that cannot say one question, or that tries to leave jinja's sandbox."""
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    try:
-        processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ConvLlavaError(
-            f"The chat template of {os.fspath(source)!r} cannot be used: {first_line(error)}"
-        ) from error
 
 
 def check_checkpoint(
@@ -125,7 +117,7 @@ def _read_config(name: str, revision: str | None = None) -> dict[str, Any]:
         config_file = _fetch_config(name, revision)
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvLlavaError(f"{str(config_file)!r} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConvLlavaError(f"{str(config_file)!r} holds no JSON object, so it is no model's configuration.")
@@ -159,8 +151,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was compiled with CUDA
         raise ConvLlavaError(f"The device {str(device)!r} cannot be used: {first_line(error)}") from error
     return device
 

@@ -1,9 +1,6 @@
-"""What reports have in common: text on a line, times, whole files, and the look of a page."""
+"""What reports have in common: text on a line, times, and the look of a page."""
 
-import os
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 
 
 # Rules of a page that holds everything itself. Rules of one page go after STYLE and before SMALL_SCREEN.
@@ -102,14 +99,3 @@ def duration(seconds: float) -> str:
 
 def versions_text(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file; it is there whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .damaged import blamed_on
 from .errors import ConvLlavaError
 
 
@@ -43,7 +44,9 @@ def check_picture_options(model: str | os.PathLike, options: Mapping[str, Any]) 
     from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 
     if options:
+        with blamed_on(model):
+            processor = ConvLlavaImageProcessor.from_pretrained(model)
         try:
-            ConvLlavaImageProcessor.from_pretrained(model).picture_sizes(**options)
+            processor.picture_sizes(**options)
         except (OSError, ValueError) as error:
             raise ConvLlavaError(f"Pictures cannot be looked at like this. {error}") from error

@@ -19,6 +19,20 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "training_record.json"
 _FORMAT = 1
+# Types of a stage's entries; all others are plain.
+_PLAIN = (str, int, float, type(None))
+_STAGE: dict[str, Any] = {
+    "name": str,
+    "started_from": str,
+    "method": str,
+    "trainable": (list, type(None)),
+    "data": list,
+    "hyperparameters": dict,
+    "lora": dict,
+    "versions": dict,
+    "pictures": dict,
+    "samples_left_out": dict,
+}
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -33,7 +47,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return empty
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read (%s); going on without it.", path, error)
         return empty
     if not isinstance(record, dict) or not isinstance(record.get("stages", []), list):
@@ -42,6 +56,32 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     stages = [stage for stage in record.get("stages", []) if isinstance(stage, dict)]
     origin = record.get("origin")
     return {"format": _FORMAT, "origin": origin if isinstance(origin, dict) else {}, "stages": stages}
+
+
+def well_formed(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record can be used: entries of another type than `convllava` writes are left out, with a warning.
+
+    A checkpoint may come from a stranger, and so may its record.
+    """
+    origin = {
+        part: source
+        for part, source in record["origin"].items()
+        if isinstance(source, dict if part == "vision_tower_choice" else str)
+    }
+    stages = []
+    for stage in record["stages"]:
+        kept = {key: value for key, value in stage.items() if isinstance(value, _STAGE.get(key, _PLAIN))}
+        for key in ("trainable", "data"):
+            if key in kept:
+                kind = str if key == "trainable" else dict
+                kept[key] = [one for one in kept[key] or () if isinstance(one, kind)]
+        for key in ("hyperparameters", "versions"):
+            if key in kept:
+                kept[key] = {name: value for name, value in kept[key].items() if isinstance(value, _PLAIN)}
+        stages.append(kept)
+    if origin != record["origin"] or stages != record["stages"]:
+        logger.warning("Some entries of %s are not of the type expected, and are left out of the card.", RECORD_FILE)
+    return {**record, "origin": origin, "stages": stages}
 
 
 def write_record(

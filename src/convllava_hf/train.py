@@ -13,6 +13,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .data import load_training_data
 from .errors import ConvLlavaError, first_line
+from .links import check_links
 from .loading import check_checkpoint, load_processor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .picture_options import with_picture_options
@@ -56,6 +57,8 @@ def train(
 ) -> ConvLlavaTrainer:
     """Loads, chooses what trains, trains, and saves a checkpoint that the next stage loads."""
     check_arguments(data, training, model_config)
+    if model_config.model_name_or_path and Path(model_config.model_name_or_path).is_dir():
+        check_links(model_config.model_name_or_path)  # its tokenizer, template and record are saved anew
     resume = _checkpoint_to_resume(training)
     if resume is not None and not training.trust_remote_code:
         _check_pickles(Path(resume), Path(training.output_dir))

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import check_place, write_whole
+from ..errors import ConvLlavaError
+
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
@@ -38,10 +41,30 @@ def write(path: str | os.PathLike, text: str) -> None:
     """The whole file or none of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, results: Any) -> None:
     write(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_output_file(path: str | os.PathLike) -> None:
+    """Refuses a place for the figures where something else lies, before anything is measured.
+
+    Raises:
+        ConvLlavaError: it is a folder, a device, a file that is no JSON object, or in a folder of the system.
+    """
+    place = check_place(path, "--output")
+    if place.is_dir():
+        raise ConvLlavaError(f"--output is {str(place)!r}, which is a folder: name a file.")
+    if not place.exists():
+        return
+    try:
+        is_ours = isinstance(json.loads(place.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        is_ours = False
+    if not is_ours:
+        raise ConvLlavaError(
+            f"--output is {str(place)!r}, which holds no figures of an earlier run, so it is left alone: name another "
+            "file, or remove it yourself."
+        )

@@ -7,21 +7,31 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
-from ..errors import ConvLlavaError
+from ..errors import ConvLlavaError, first_line
+from ..interrupts import cleared_up
 from ..noise import quiet_imports
+from ..texts import check_text
 from . import ask, assemble, bench, chat, convert, data, demo, eval, push, quickstart, train
+from .common import shortened
 
 
 COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, eval, push, bench)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_LONGEST_MESSAGE = 2000  # characters
 
 # What the person at the keyboard can mend. Every other exception is a fault of this program and keeps its traceback.
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
+# What Python and torch say by a RuntimeError though it is no fault of a program: too little memory, a path such as
+# ~nobody/model, and links that lead in a circle (before Python 3.13).
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_NO_PLACE = ("Could not determine home directory", "Symlink loop")
+_MAY_BE_EMPTY = ("question", "system", "space", "example", "arguments")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     quiet_imports()
     try:
+        check_texts(args)
         if args.registers:  # which takes seconds: not before it is needed
             from .. import ConvLlavaConfig  # noqa: F401
-        return args.run(args)
+        with cleared_up():
+            return args.run(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -55,12 +67,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13
     except ConvLlavaError as error:
         return _complain(str(error), error.exit_code)
+    except MemoryError as error:
+        return _complain(f"There is not enough memory for this. {first_line(error)}")
+    except RuntimeError as error:
+        if _NO_MEMORY in str(error):
+            return _complain(f"There is not enough memory for this. {first_line(error)}")
+        if not str(error).startswith(_NO_PLACE):
+            raise
+        return _complain(f"A path leads nowhere: {first_line(error)}")
     except OSError as error:
         if not isinstance(error, _FILE_ERRORS) and error.errno not in _STORAGE_ERRNOS:
             raise
         return _complain(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
 
 
+def check_texts(args: argparse.Namespace) -> None:
+    """Refuses texts of the command line that are no texts, whatever they would be used for.
+
+    Raises:
+        ConvLlavaError: one is empty, holds a NUL, or holds bytes that are not UTF-8.
+    """
+    for name, value in vars(args).items():
+        for text in _texts_in(value):
+            argument = f"The argument {name.replace('_', '-')}"
+            shown = f"{argument} is {shortened(text)}"
+            if "\0" in text:
+                raise ConvLlavaError(f"{shown}, which holds a NUL character: leave it out.")
+            check_text(text, argument)
+            if not text.strip() and name not in _MAY_BE_EMPTY:
+                raise ConvLlavaError(f"{shown}: it must not be empty. Leave it out, or say what is meant.")
+
+
+def _texts_in(value) -> Iterator[str]:
+    if isinstance(value, str | Path):
+        yield str(value)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts_in(one)
+
+
 def _complain(message: str, code: int = EXIT_USER_ERROR) -> int:
-    print("convllava: error:", " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_MESSAGE:  # a path of thousands of characters, say
+        line = f"{line[: _LONGEST_MESSAGE // 2]} ... {line[-_LONGEST_MESSAGE // 2 :]}"
+    print("convllava: error:", line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     return code

@@ -8,7 +8,6 @@ from .common import (
     MODEL_HELP,
     add_generation_arguments,
     add_picture_arguments,
-    check_texts,
     load_assistant,
     picture_options,
     show,
@@ -38,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
 
     # All that can be refused is refused before the weights are read.
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    check_texts(args, "question", "system")
     messages = [system_turn(args.system)] if args.system else []
     messages.append(user_turn(args.question, [open_picture(args.image)]))
     checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .common import DTYPES, positive_int
+from .common import DTYPES, seed, side, whole_number
 
 
 def register(subparsers) -> None:
@@ -25,27 +25,27 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--resolution",
-        type=positive_int,
+        type=side,
         default=1536,
         metavar="PIXELS",
         help="side of the square that pictures are brought to (default: %(default)s)",
     )
     parser.add_argument(
         "--extra-stage-depth",
-        type=stage_depth,
+        type=whole_number(0, 1000),
         default=6,
         metavar="N",
         help="blocks of the stage added to the tower, 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--extra-stage-width",
-        type=positive_int,
+        type=whole_number(1, 65536),
         default=3072,
         metavar="CHANNELS",
         help="channels of the stage added to the tower (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: the language model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the fresh weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument(
         "--chat-template",
@@ -54,13 +54,6 @@ def register(subparsers) -> None:
         "variants (default: the language model's, with the assistant's turns marked for training)",
     )
     parser.set_defaults(run=run)
-
-
-def stage_depth(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,18 @@
 """`convllava bench`: how fast a model is on this machine."""
 
 import argparse
+import re
 
-from .common import DTYPES, MODEL_HELP, TOWERS, add_trust_argument, positive_int, quiet_unless_watched
+from .common import (
+    DTYPES,
+    LONGEST_SIDE,
+    MODEL_HELP,
+    TOWERS,
+    add_trust_argument,
+    quiet_unless_watched,
+    shortened,
+    whole_number,
+)
 
 
 def register(subparsers) -> None:
@@ -39,14 +49,22 @@ def register(subparsers) -> None:
         help="size of the language model of random weights; tiny makes the tower small, too (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="pictures in a call of the tower (default: 1)"
+        "--batch",
+        type=whole_number(1, 1024),
+        default=1,
+        metavar="N",
+        help="pictures in a call of the tower (default: 1)",
     )
     parser.add_argument(
-        "--new-tokens", type=positive_int, default=16, metavar="N", help="of an answer (default: %(default)s)"
+        "--new-tokens",
+        type=whole_number(1, 100_000),
+        default=16,
+        metavar="N",
+        help="of an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
-        type=positive_int,
+        type=whole_number(1, 10_000),
         default=3,
         metavar="N",
         help="of which medians are taken (default: %(default)s)",
@@ -60,20 +78,25 @@ def register(subparsers) -> None:
 
 
 def size(text: str) -> tuple[int, int]:
-    height, x, width = text.partition("x")
-    if not (x and height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is no size, such as 1536x1088 (height x width)")
-    return int(height), int(width)
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
+    sides = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(1 <= side <= LONGEST_SIDE for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{shortened(text)} is no size such as 1536x1088 (height x width), with sides up to {LONGEST_SIDE}"
+        )
+    return sides
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench.report import write_json
+    from ..bench.report import check_output_file, write_json
     from ..bench.running import as_markdown, bench
     from ..errors import ConvLlavaError
 
     quiet_unless_watched()
     if args.quantization and not args.model:
         raise ConvLlavaError("--quantization is of a checkpoint's language model: name a checkpoint.")
+    if args.output:
+        check_output_file(args.output)
     try:
         results = bench(
             args.model,

@@ -11,7 +11,6 @@ from .common import (
     MODEL_HELP,
     add_generation_arguments,
     add_picture_arguments,
-    check_texts,
     load_assistant,
     picture_options,
     show,
@@ -47,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from ..picture_options import check_picture_options
 
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    check_texts(args, "system")
     pictures = [open_picture(args.image)] if args.image else []
     checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     check_picture_options(checkpoint, picture_options(args))

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from ..errors import ConvLlavaError
-from ..texts import check_text
 
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -13,6 +13,9 @@ ASPECT_RATIOS = ("pad", "native", "shortest_edge")
 PRESETS = ("tiny", "small", "base", "large", "full")
 TOWERS = ("eager", "fused", "int8", "channels-last", "compiled", "cuda-graphs")
 MODEL_HELP = "folder of a checkpoint, or its id on the Hub; one of the original code is converted once into a cache"
+# Bounds that nobody needs to pass, and beyond which the answer would be a machine out of memory.
+MOST = 2**31 - 1
+LONGEST_SIDE = 8192  # pixels; 16,384 visual tokens as a square
 _TRAINING = ("datasets", "matplotlib", "peft", "trl", "yaml")
 
 
@@ -78,14 +81,10 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         help="padded to a square, in their own shape, or with a shorter side of --size",
     )
     group.add_argument(
-        "--size", type=positive_int, metavar="PIXELS", help="side of the square, or shorter side; a multiple of 64"
+        "--size", type=side, metavar="PIXELS", help="side of the square, or shorter side; a multiple of 64"
     )
-    group.add_argument(
-        "--min-pixels", type=positive_int, metavar="N", help="smaller ones in their own shape grow to N"
-    )
-    group.add_argument(
-        "--max-pixels", type=positive_int, metavar="N", help="larger ones in their own shape shrink to N"
-    )
+    group.add_argument("--min-pixels", type=pixels, metavar="N", help="smaller ones in their own shape grow to N")
+    group.add_argument("--max-pixels", type=pixels, metavar="N", help="larger ones in their own shape shrink to N")
 
 
 def picture_options(args: argparse.Namespace) -> dict:
@@ -96,29 +95,45 @@ def picture_options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number within bounds, both of them included."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # also from a text of thousands of digits
+            value = None
+        if value is None or not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(
+                f"{shortened(text)} is no whole number from {lowest} to {highest}"
+                if highest != MOST
+                else f"{shortened(text)} is no whole number from {lowest} up"
+            )
+        return value
+
+    return number
+
+
+positive_int = whole_number(1, MOST)
+seed = whole_number(0, 2**32 - 1)
+side = whole_number(1, LONGEST_SIDE)
+pixels = whole_number(1, LONGEST_SIDE**2)
 
 
 def temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    # Logits divided by less overflow, and by more all tokens are equally likely.
+    if value != 0 and not 0.001 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is neither 0 nor a number from 0.001 to 100")
     return value
 
 
-def check_texts(args: argparse.Namespace, *names: str) -> None:
-    """Refuses bytes that are not UTF-8 in arguments that are texts, not paths.
-
-    Raises:
-        ConvLlavaError: names the argument.
-    """
-    for name in names:
-        if (text := getattr(args, name)) is not None:
-            check_text(text, f"--{name}" if name == "system" else name.upper())
+def shortened(text: str) -> str:
+    """A text for a message, in quotes: what is no character is written as an escape, and what is long is cut."""
+    return ascii(text) if len(text) <= 80 else f"{ascii(text[:60])}... ({len(text)} characters)"
 
 
 def load_assistant(args: argparse.Namespace, checkpoint: str | None = None):

@@ -5,7 +5,16 @@ import json
 import os
 import sys
 
-from .common import add_picture_arguments, add_trust_argument, picture_options, positive_int, quiet_unless_watched
+from ..atomic import check_place
+from .common import (
+    MOST,
+    add_picture_arguments,
+    add_trust_argument,
+    picture_options,
+    positive_int,
+    quiet_unless_watched,
+    whole_number,
+)
 
 
 def register(subparsers) -> None:
@@ -37,7 +46,7 @@ def _register_check(commands) -> None:
         help="tokens a sample may have, with --model (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=positive_int, metavar="N", help="processes (default: one for each CPU, up to 16)"
+        "--workers", type=whole_number(1, 256), metavar="N", help="processes (default: one for each CPU, up to 16)"
     )
     parser.add_argument(
         "--examples",
@@ -65,7 +74,7 @@ def _register_inspect(commands) -> None:
         "marked, and its pictures as preprocessed.",
     )
     _add_source(parser)
-    parser.add_argument("--index", required=True, type=int, metavar="N", help="which sample, from 0")
+    parser.add_argument("--index", required=True, type=whole_number(0, MOST), metavar="N", help="which sample, from 0")
     parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument(
         "--save", metavar="PNG", help="write the picture as the model sees it, further ones as NAME-2.png and so on"
@@ -129,6 +138,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     from ..data.inspecting import inspect_sample, save_pictures
 
     _be_quiet()
+    if args.save:
+        check_place(args.save, "--save")
     pictures = picture_options(args)
     seen = inspect_sample(
         args.file,

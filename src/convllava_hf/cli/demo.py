@@ -1,8 +1,10 @@
 """`convllava demo`: a web page on which to talk with a model about pictures."""
 
 import argparse
+import socket
 
-from .common import MODEL_HELP, add_generation_arguments, check_texts, errors_alone, positive_int, quiet_unless_watched
+from ..errors import ConvLlavaError
+from .common import MODEL_HELP, add_generation_arguments, errors_alone, quiet_unless_watched, shortened, whole_number
 
 
 def register(subparsers) -> None:
@@ -17,17 +19,17 @@ def register(subparsers) -> None:
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
-    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=whole_number(1, 65535), help="default: the first free one from 7860 on")
     parser.add_argument(
         "--queue",
-        type=positive_int,
+        type=whole_number(1, 1000),
         default=16,
         metavar="N",
         help="visitors who may wait while one is answered (default: %(default)s)",
     )
     parser.add_argument(
         "--max-upload",
-        type=positive_int,
+        type=whole_number(1, 1024),
         default=20,
         metavar="MB",
         help="size of a picture's file at most (default: %(default)s)",
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ..demo.limits import Limits
     from ..demo.serving import serve
 
-    check_texts(args, "system")
+    _check_host(args.host)
     quiet_unless_watched()
     errors_alone()
     longest = max(Limits.answer_tokens, args.max_new_tokens)  # visitors may choose as much as who shows the page does
@@ -65,8 +67,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _port(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port (1 to 65535)")
-    return value
+def _check_host(host: str) -> None:
+    """Refuses a name that is no address of this machine's networks, before the model is loaded."""
+    try:
+        socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        raise ConvLlavaError(
+            f"--host is {shortened(host)}, which is no address: 127.0.0.1 shows the page on this machine only, and "
+            "0.0.0.0 lets other machines in."
+        ) from error

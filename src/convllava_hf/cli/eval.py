@@ -8,11 +8,13 @@ from pathlib import Path
 from ..errors import ConvLlavaError
 from .common import (
     MODEL_HELP,
+    MOST,
     add_loading_arguments,
     add_picture_arguments,
     load_assistant,
     picture_options,
     positive_int,
+    whole_number,
 )
 
 
@@ -48,7 +50,11 @@ def register(subparsers) -> None:
         "--compare", nargs=2, metavar=("A", "B"), help="two folders of finished runs, side by side; asks nothing"
     )
     parser.add_argument(
-        "--show", type=int, default=10, metavar="N", help="with --compare: samples that changed (default: %(default)s)"
+        "--show",
+        type=whole_number(0, MOST),
+        default=10,
+        metavar="N",
+        help="with --compare: samples that changed (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.set_defaults(run=run)
@@ -66,7 +72,9 @@ def _add_settings(group) -> None:
     )
     group.add_argument("--split", help="another split than the benchmark's, such as testA")
     group.add_argument("--config", metavar="NAME", help="another configuration of the data set")
-    group.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--batch-size", type=whole_number(1, 65536), default=8, metavar="N", help="(default: %(default)s)"
+    )
     add_loading_arguments(group)
 
 
@@ -98,13 +106,21 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     import torch
 
+    from ..atomic import check_place
     from ..convert.cache import converted_checkpoint
     from ..evaluation.benchmarks import find_benchmark
     from ..evaluation.runner import evaluate, join_processes
     from ..evaluation.runs import Model, Settings
     from ..loading import choose_device, choose_dtype, load_processor
 
-    benchmarks = [find_benchmark(name) for name in args.benchmark.split(",") if name.strip()]
+    names = [name.strip() for name in args.benchmark.split(",")]
+    if not all(names):
+        raise ConvLlavaError(
+            f"--benchmark is {args.benchmark!r}; expected names with commas between them, such as textvqa,pope."
+        )
+    benchmarks = [find_benchmark(name) for name in names]
+    if check_place(args.output, "--output").is_file():
+        raise ConvLlavaError(f"--output is {args.output!r}, which is a file: name a folder.")
     data = _data_of_each(args.data, [benchmark.name for benchmark in benchmarks])
     settings = Settings(
         args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, picture_options(args)

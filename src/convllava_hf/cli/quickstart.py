@@ -6,8 +6,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..atomic import check_place
 from ..errors import ConvLlavaError
-from .common import require_training
+from .common import require_training, seed
 
 
 def register(subparsers) -> None:
@@ -25,7 +26,7 @@ def register(subparsers) -> None:
         help="folder for the model, the report and all between (default: quickstart, or findings)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights, scenes and questions (default: %(default)s)"
+        "--seed", type=seed, default=0, metavar="N", help="of weights, scenes and questions (default: %(default)s)"
     )
     parser.add_argument(
         "--findings",
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     require_training()
     if find_spec("sklearn") is None:
         raise ConvLlavaError("The quickstart needs scikit-learn: pip install 'convllava-hf[quickstart]'")
+    if args.output is not None:
+        check_place(args.output, "--output")
     return _find_out(args.output or Path("findings"), args.seed) if args.findings else _quickstart(args)
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConvLlavaError, first_line
+from ..links import check_links
 from .writing import SAFETENSORS_DTYPES
 
 
@@ -51,10 +52,11 @@ def locate(
 
     Raises:
         Unreachable: neither a folder nor a repository that can be downloaded.
-        ConvLlavaError: it is a file, or its weights cannot be downloaded.
+        ConvLlavaError: it is a file, a folder with a link out of it, or its weights cannot be downloaded.
     """
     path = Path(os.path.expanduser(reference))
     if os.path.isdir(path):
+        check_links(path)  # much of it is copied into the new checkpoint
         return path
     if os.path.exists(path):
         raise ConvLlavaError(f"{what}: {path} is a file; expected the folder of a checkpoint or an id on the Hub.")

@@ -4,15 +4,14 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import struct
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..atomic import check_place, lock_beside, naming, replacing_folder
 from ..errors import ConvLlavaError
 
 
@@ -39,10 +38,10 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     unit = _UNITS.get(match[2].upper()) if match else None
-    number = int(float(match[1]) * unit) if unit else 0
-    if number <= 0:
-        raise ConvLlavaError(f"max_shard_size is {size!r}; expected a number of bytes or a size such as '2GB'.")
-    return number
+    number = float(match[1]) * unit if unit else 0
+    if not 1 <= number < 2**63:
+        raise ConvLlavaError(f"max_shard_size is {size!r:.60}; expected a number of bytes or a size such as '2GB'.")
+    return int(number)
 
 
 @contextlib.contextmanager
@@ -51,27 +50,30 @@ def new_checkpoint_folder(output: str | Path, overwrite: bool, inputs: tuple[Pat
 
     Args:
         output: the folder to make.
-        overwrite: whether an existing checkpoint there is replaced, after the block.
+        overwrite: whether an existing checkpoint there is replaced, after the block, in one step.
         inputs: folders that are read meanwhile; `output` may be none of them and contain none of them.
 
     Raises:
-        ConvLlavaError: `output` exists and may not be replaced.
+        ConvLlavaError: `output` exists and may not be replaced, or another process is making it.
     """
-    output = Path(output).expanduser().resolve()
+    output = _real(output)
     check_output(output, overwrite, inputs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    temporary.mkdir()
-    try:
+    with replacing_folder(output) as temporary:
         yield temporary
-        _move_into_place(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(output: str | Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuses an output that cannot be written, before anything costs time; see `new_checkpoint_folder`."""
-    output = Path(output).expanduser().resolve()
+    """Refuses an output that cannot be written, before anything costs time; see `new_checkpoint_folder`.
+
+    What a process that died while it replaced the output has left is put back and cleared.
+    """
+    if not os.fspath(output):
+        raise ConvLlavaError("The name of the folder to write is empty.")
+    check_place(output, "The folder to write")
+    output = _real(output)
+    if output.parent.is_dir():
+        with lock_beside(output):
+            pass
     if not os.path.lexists(output):
         return
     if not overwrite:
@@ -87,27 +89,17 @@ def check_output(output: str | Path, overwrite: bool, inputs: tuple[Path, ...] =
         )
 
 
+def _real(path: str | Path) -> Path:
+    """As `Path.resolve`, which before Python 3.13 fails at links that lead in a circle."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 def _is_checkpoint(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "model_type" in config
-
-
-def _move_into_place(temporary: Path, output: Path) -> None:
-    if not output.exists():
-        temporary.rename(output)
-        return
-    # Both renames are instant, so there is never a half-written checkpoint under the name.
-    old = temporary.with_suffix(".old")
-    output.rename(old)
-    try:
-        temporary.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass
@@ -165,7 +157,8 @@ class ShardWriter:
         if index != self._open_shard:
             self._begin(index)
         data = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
-        self._file.write(memoryview(data.view(torch.uint8).numpy()))
+        with naming(self.folder / self._names[index]):
+            self._file.write(memoryview(data.view(torch.uint8).numpy()))
 
     def finish(self) -> None:
         """Closes the last shard and writes the index, where there is more than one.
@@ -186,8 +179,9 @@ class ShardWriter:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with naming(Path(file.name)):
+                file.close()
 
     def _begin(self, index: int) -> None:
         self.close()
@@ -204,5 +198,6 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
         self._file = open(self.folder / self._names[index], "wb")  # noqa: SIM115 (closed with the next shard)
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        with naming(Path(self._file.name)):
+            self._file.write(struct.pack("<Q", len(text)) + text)
         self._open_shard = index

@@ -273,7 +273,14 @@ def launch(page: gr.Blocks, host: str, port: int | None, folder: Path, limits: L
     Raises:
         OSError: the port is taken.
     """
-    guard = Middleware(Guard, upload_bytes=limits.upload_bytes, stored_bytes=limits.stored_bytes, folder=str(folder))
+    guard = Middleware(
+        Guard,
+        upload_bytes=limits.upload_bytes,
+        stored_bytes=limits.stored_bytes,
+        stored_files=limits.stored_files,
+        stored_seconds=limits.stored_seconds,
+        folder=str(folder),
+    )
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,

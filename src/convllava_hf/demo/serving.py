@@ -3,14 +3,13 @@
 import contextlib
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..atomic import temporary_folder
 from ..errors import ConvLlavaError
 from ..inference import Assistant, load
 from .limits import Limits
@@ -90,10 +89,9 @@ def page_of(
         ConvLlavaError: gradio is not installed, or the port is taken.
     """
     require_gradio()
-    folder = Path(tempfile.mkdtemp(prefix="convllava-demo-"))  # readable by this user alone
-    environment = {**_ENVIRONMENT, "GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
-    try:
-        with _environment(environment):
+    with temporary_folder("convllava-demo-") as folder:  # readable by this user alone
+        own = {"GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
+        with _environment({**_ENVIRONMENT, **own}):
             from .page import build, launch
 
             page = build(assistant, name, folder, limits, **options)
@@ -108,8 +106,6 @@ def page_of(
                 yield url
             finally:
                 page.close(verbose=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_gradio() -> None:

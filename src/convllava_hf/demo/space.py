@@ -15,9 +15,12 @@ _PYTHON_VERSION = "3.11"
 _PACKAGE = (
     "__init__.py",
     "registration.py",
+    "atomic.py",
     "boxes.py",
+    "damaged.py",
     "errors.py",
     "inference.py",
+    "interrupts.py",
     "loading.py",
     "fast_tower.py",
     "memory.py",

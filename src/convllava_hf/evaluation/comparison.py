@@ -10,10 +10,11 @@ from typing import Any
 from ..errors import ConvLlavaError
 from ..pages import plain
 from .benchmarks import Benchmark, find_benchmark
-from .journal import read_rows
+from .journal import SAMPLES_FILE, read_rows
 from .judging import Row
 from .record import find_runs, read_record
 from .statistics import PairedTest, paired_test
+from .validating import check_row
 
 
 _WIDTH = 60  # characters of a text that is shown
@@ -82,7 +83,11 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
     if names[0] != names[1]:
         raise ConvLlavaError(f"{str(first)!r} is a run of {names[0]}, and {str(second)!r} of {names[1]}.")
     benchmark = find_benchmark(names[0])
-    ones, others = _in_both(read_rows(first), read_rows(second))
+    read = [read_rows(folder) for folder in (first, second)]
+    for folder, rows in zip((first, second), read, strict=True):
+        for row in rows.values():
+            check_row(row, folder / SAMPLES_FILE, benchmark)
+    ones, others = _in_both(*read)
     if not ones:
         raise ConvLlavaError(f"{str(first)!r} and {str(second)!r} have no scored sample in common.")
     for row, other in zip(ones, others, strict=True):

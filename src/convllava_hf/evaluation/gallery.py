@@ -10,13 +10,15 @@ from typing import Any
 
 from PIL import Image
 
+from ..atomic import write_whole
+from ..errors import ConvLlavaError, first_line
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
-from ..pages import write_whole
 from .comparison import is_scored
 from .journal import read_rows
 from .judging import Row
 from .samples import Sample
 from .sources import Source
+from .validating import check_gallery
 
 
 logger = logging.getLogger(__name__)
@@ -57,9 +59,20 @@ def thumbnail(source: Source, row: Row) -> str:
 
 
 def read_gallery(folder: Path) -> list[dict[str, Any]]:
-    """What `save_gallery` has left; nothing where it was not called."""
+    """What `save_gallery` has left; nothing where it was not called.
+
+    Raises:
+        ConvLlavaError: it is none of ours: the message names the key that is not as expected.
+    """
     path = folder / GALLERY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        shown = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConvLlavaError(f"{str(path)!r} is not valid JSON: {first_line(error)}") from error
+    check_gallery(shown, path)
+    return shown
 
 
 def _spread(rows: Sequence[Row], number: int) -> list[Row]:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..atomic import naming, write_whole
 from ..errors import ConvLlavaError
-from ..pages import write_whole
 
 
 SAMPLES_FILE = "samples.jsonl"
@@ -27,14 +27,16 @@ class Journal:
     """
 
     def __init__(self, folder: Path, process: int):
-        self.file = open(folder / _PART.format(process), "ab", buffering=0)
+        self.path = folder / _PART.format(process)
+        self.file = open(self.path, "ab", buffering=0)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rows by one call, so that whatever ends the process, they are in the file whole, up to the last."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = memoryview(text.encode("utf-8", errors="surrogatepass"))
-        while content:
-            content = content[self.file.write(content) :]
+        with naming(self.path):
+            while content:
+                content = content[self.file.write(content) :]
 
     def __enter__(self) -> "Journal":
         return self
@@ -61,8 +63,10 @@ def read_rows(folder: str | os.PathLike, parts: bool = True) -> dict[str, dict[s
         for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was not finished
             try:
                 row = json.loads(line)
+                if not isinstance(row["id"], str):
+                    raise TypeError(f"id is {row['id']!r}")
                 rows.setdefault(row["id"], row)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ConvLlavaError(
                     f"{path}, line {number}, is no row of samples. Remove the line, or the folder to begin anew."
                 ) from error

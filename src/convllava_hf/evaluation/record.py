@@ -14,13 +14,14 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_whole
 from ..errors import ConvLlavaError
-from ..pages import write_whole
 from ..record import versions_of
-from .benchmarks import Benchmark, find_benchmark
+from .benchmarks import Benchmark
 from .judging import Row
 from .sources import Plan
 from .statistics import bootstrap_interval
+from .validating import check_record
 
 
 RECORD_FILE = "record.json"
@@ -147,7 +148,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The record of a finished run.
 
     Raises:
-        ConvLlavaError: there is none, or it is none of ours.
+        ConvLlavaError: there is none, or it is none of ours: the message names the key that is not as expected.
     """
     path = Path(folder) / RECORD_FILE
     try:
@@ -157,11 +158,11 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(folder)!r} holds no {RECORD_FILE}: name the folder of a finished run, as `convllava eval "
             "--output` left it."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvLlavaError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT or "benchmark_name" not in record:
         raise ConvLlavaError(f"{str(path)!r} is no record of this version of convllava eval.")
-    find_benchmark(record["benchmark_name"])
+    check_record(record, path)
     return record
 
 

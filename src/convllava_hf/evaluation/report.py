@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..pages import SMALL_SCREEN, STYLE, duration, plain, versions_text, write_whole
+from ..atomic import write_whole
+from ..pages import SMALL_SCREEN, STYLE, duration, plain, versions_text
 from .gallery import is_right, read_gallery
 from .paper import PAPER, RESOLUTIONS, paper_row, refcoco_average
 from .record import find_runs, pictures_text, read_record
@@ -43,7 +44,7 @@ def write_report(output: str | os.PathLike) -> Path:
     runs = find_runs(output)
     records = {name: read_record(folder) for name, folder in runs.items()}
     galleries = {name: read_gallery(folder) for name, folder in runs.items()}
-    return write_whole(Path(output) / REPORT_FILE, report_page(records, galleries).encode())
+    return write_whole(Path(output) / REPORT_FILE, report_page(records, galleries).encode(errors="replace"))
 
 
 def report_page(records: Mapping[str, Mapping[str, Any]], galleries: Mapping[str, Sequence[Mapping]]) -> str:
@@ -197,7 +198,7 @@ def _card(row: Mapping[str, Any]) -> str:
     question = "<br>".join(_html(line, _MOST_TEXT) for line in row["question"].splitlines() if line.strip())
     return (
         '<article class="card"><div class="picture">'
-        f'<img src="data:image/jpeg;base64,{row["jpeg"]}" alt="The picture of sample {_html(row["id"])}">'
+        f'<img src="data:image/jpeg;base64,{_html(row["jpeg"])}" alt="The picture of sample {_html(row["id"])}">'
         f'{_overlay(row)}</div><div class="words"><h3><span>{_html(row["id"])} '
         f'{_html(row.get("category") or "")}</span><span class="{verdict}">{"✓" if verdict == "right" else "✗"} '
         f'{verdict}{score}</span></h3><p class="question">{question}</p><dl>{shown}</dl></div></article>'

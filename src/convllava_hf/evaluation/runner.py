@@ -4,6 +4,7 @@ A run's folder holds `run.json` (what decides the answers), `samples.jsonl` (a l
 its end, `record.json`. Several processes (torchrun, accelerate launch) share the samples among them.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,15 +21,17 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
+from ..atomic import check_place, lock_beside
 from ..errors import ConvLlavaError
 from ..modeling.processing_convllava import ConvLlavaProcessor
 from .asking import Asker, Batch, Reply, user_question
 from .benchmarks import Benchmark
-from .journal import Journal, read_rows, unite
+from .journal import SAMPLES_FILE, Journal, read_rows, unite
 from .record import ids_left_out, make_record, write_record
 from .runs import Model, Settings, begin, describe_run
 from .samples import LETTERS, Sample
 from .sources import Failure, Plan, Source, open_source, plan_samples
+from .validating import check_row
 
 
 logger = logging.getLogger(__name__)
@@ -81,8 +84,8 @@ def evaluate(
         The run's folder, its record, and the data that it asked about.
 
     Raises:
-        ConvLlavaError: the data set is not there or lacks columns, the folder holds a run with other settings, or no
-            sample could be scored.
+        ConvLlavaError: the data set is not there or lacks columns, the folder holds a run with other settings or is
+            being written by another process, or no sample could be scored.
     """
     settings = settings or Settings()
     state = PartialState()
@@ -91,10 +94,40 @@ def evaluate(
         source = open_source(benchmark, data, split=settings.split, config=settings.config, words=settings.ocr_tokens)
     plan = plan_samples(source, prompt, settings.limit)
     run = describe_run(source, plan, model, processor, prompt, settings)
-    folder = Path(output) / settings.folder_name(benchmark)
+    folder = check_place(output, "--output") / settings.folder_name(benchmark)
+    with _sole_writer(folder):
+        record = _run(source, plan, model, processor, folder, run, settings, overwrite, progress)
+    return folder, record, source
+
+
+@contextlib.contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Lets no other run write the folder meanwhile. Of several processes of this run, the main one sees to it."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock_beside(folder):
+        yield
+
+
+def _run(
+    source: Source,
+    plan: Plan,
+    model: Model,
+    processor: ConvLlavaProcessor,
+    folder: Path,
+    run: dict[str, Any],
+    settings: Settings,
+    overwrite: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Asks what was not asked yet, and writes the record; returns it in the main process."""
+    state, benchmark = PartialState(), source.benchmark
     if state.is_main_process:
         begin(folder, run, overwrite)
-        unite(folder, plan.ids)
+        for row in unite(folder, plan.ids).values():
+            check_row(row, folder / SAMPLES_FILE, benchmark)
     state.wait_for_everyone()
     _ask_rest(source, plan, model, folder, settings, progress)
     state.wait_for_everyone()
@@ -112,7 +145,7 @@ def evaluate(
         unite(folder, plan.ids, left_out=ids_left_out(benchmark, plan, rows))
         write_record(folder, record)
     state.wait_for_everyone()
-    return folder, record, source
+    return record
 
 
 def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: Settings, progress: bool) -> None:

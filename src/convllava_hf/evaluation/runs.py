@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
+from ..atomic import discard_folder, write_whole
 from ..errors import ConvLlavaError
 from ..inference import Assistant
 from ..modeling.processing_convllava import ConvLlavaProcessor
-from ..pages import write_whole
 from ..record import portable_name
 from .benchmarks import CHOICES, Benchmark
 from .sources import Plan, Source
@@ -111,7 +110,7 @@ def describe_run(
 
 
 def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder of a run, or makes sure that it is this run's.
+    """Makes the folder of a run, or makes sure that it is this run's; to be called while it is locked.
 
     Raises:
         ConvLlavaError: it is another run's; the message names what differs.
@@ -120,7 +119,7 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
     if folder.exists() and overwrite:
         if _holds_files(folder) and not path.exists():
             raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: it is left alone.")
-        shutil.rmtree(folder)
+        discard_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         if _holds_files(folder):
@@ -131,6 +130,8 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConvLlavaError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(before, dict):
+        raise ConvLlavaError(f"{str(path)!r} holds no JSON object: begin anew by --overwrite.")
     if differing := [key for key in run if before.get(key) != run[key]]:
         key = differing[0]
         raise ConvLlavaError(

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from ..pages import duration, plain, versions_text, write_whole
+from ..atomic import write_whole
+from ..pages import duration, plain, versions_text
 from .scoring import intersection_over_union, parse_box
 
 

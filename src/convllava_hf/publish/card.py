@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import ConvLlavaError
 from .checks import Shown
-from .facts import About, cell, lineage, model_facts
+from .facts import About, lineage, model_facts
 from .files import Staged, is_hub_id
 from .results import TASK, Result, table_rows, to_eval_results
+from .text import cell
 
 
 TEMPLATE = "MODEL_CARD.md"

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..atomic import temporary_folder
 from ..errors import ConvLlavaError
 from ..modeling import modeling_convllava
 from . import stranger
@@ -103,14 +103,14 @@ def ask_as_a_stranger(
             for one in shown or [Shown("What is in the picture?")]
         ],
     }
-    with tempfile.TemporaryDirectory(prefix="convllava-stranger-") as home:
-        values["result"] = str(Path(home) / "result.json")
-        request = Path(home) / "request.json"
+    with temporary_folder("convllava-stranger-") as home:
+        values["result"] = str(home / "result.json")
+        request = home / "request.json"
         request.write_text(json.dumps(values), encoding="utf-8")
         process = subprocess.run(
             [sys.executable, stranger.__file__, str(request)],
             cwd=home,
-            env=_stranger_environment(Path(home), staged.base_model is not None, token),
+            env=_stranger_environment(home, staged.base_model is not None, token),
             capture_output=True,
             text=True,
             errors="replace",

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from ..boxes import FRAMES, frame_of_mode
 from ..errors import ConvLlavaError
 from ..modeling.configuration_convllava import PRESETS, ConvLlavaConfig, PictureSizes, tower_stride
-from ..record import read_record
+from ..record import read_record, well_formed
 from .files import Staged, is_hub_id
+from .text import cell, code_cell
 
 
 # What the Hub knows as licences (https://huggingface.co/docs/hub/repositories-licenses). Others are `other`.
@@ -125,7 +126,7 @@ def read_about(path: str | Path) -> About:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConvLlavaError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConvLlavaError(f"{str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConvLlavaError(f"{str(path)!r} holds no keys: expected some of {', '.join(_ABOUT_KEYS)}.")
@@ -176,13 +177,15 @@ def model_facts(staged: Staged) -> dict[str, Any]:
         }
     else:
         adapter = staged.json("adapter_config.json")
-        facts["lora"] = {key: adapter.get(key) for key in ("r", "lora_alpha", "lora_dropout", "modules_to_save")}
+        saved = adapter.get("modules_to_save")
+        facts["lora"] = {key: cell(adapter.get(key)) for key in ("r", "lora_alpha", "lora_dropout")}
+        facts["lora"]["modules_to_save"] = list(map(cell, saved)) if isinstance(saved, list) else []
     return facts
 
 
 def lineage(staged: Staged, about: About) -> dict[str, Any]:
     """Where the model comes from: its parts, its data with licences, its stages, as far as anybody wrote it down."""
-    record = read_record(staged.folder)
+    record = well_formed(read_record(staged.folder))
     origin = record["origin"]
     stages = [_stage_row(number, stage) for number, stage in enumerate(record["stages"], 1)]
     started = record["stages"][0].get("started_from") if record["stages"] else None
@@ -204,7 +207,11 @@ def lineage(staged: Staged, about: About) -> dict[str, Any]:
         "data": _data_rows(record["stages"], about),
         "box_frames": _box_frames(record["stages"]),
         "stages": stages,
-        "versions": record["stages"][-1].get("versions", {}) if stages else {},
+        "versions": {
+            cell(name): cell(version) for name, version in (record["stages"][-1].get("versions") or {}).items()
+        }
+        if stages
+        else {},
     }
 
 
@@ -291,18 +298,18 @@ def _stage_row(number: int, stage: dict[str, Any]) -> dict[str, Any]:
         if (rate := values.get(f"{part}_learning_rate")) is not None:
             rates.append(f"{part.replace('_', ' ')} {_number(rate)}")
     lora = stage.get("lora") or {}
-    trains = ", ".join(f"`{part}`" for part in stage.get("trainable") or [])
+    trains = ", ".join(map(code_cell, stage.get("trainable") or []))
     if lora:
-        trains = f"{str(stage.get('method', 'lora')).upper().replace('LORA', 'LoRA')}, rank {lora.get('r', '?')}"
+        method = str(stage.get("method", "lora")).upper().replace("LORA", "LoRA")
+        trains = f"{cell(method)}, rank {cell(lora.get('r', '?'))}"
         if saved := lora.get("modules_to_save"):
-            trains += " and " + ", ".join(f"`{part}`" for part in saved)
+            trains += " and " + ", ".join(map(code_cell, saved if isinstance(saved, list) else [saved]))
     warmup = values.get("warmup_steps", values.get("warmup_ratio"))
     if isinstance(warmup, float) and 0 < warmup < 1:
         warmup = f"{warmup:.0%}"
     dtype = "bf16" if values.get("bf16") else "fp16" if values.get("fp16") else stage.get("dtype")
     row = {
         "name": stage.get("name") or f"stage {number}",
-        "trains": trains,
         "learning rate": "; ".join(filter(None, rates)),
         "schedule": values.get("lr_scheduler_type"),
         "warm-up": warmup,
@@ -318,7 +325,8 @@ def _stage_row(number: int, stage: dict[str, Any]) -> dict[str, Any]:
         "training loss": _number(stage.get("train_loss")),
         "evaluation loss": _number(stage.get("eval_loss")),
     }
-    return {key: "" if value is None else cell(value) for key, value in row.items()}
+    cells = {key: "" if value is None else cell(value) for key, value in row.items()}
+    return {"name": cells["name"], "trains": trains, **cells}
 
 
 def _data_rows(stages: Iterable[dict[str, Any]], about: About) -> list[dict[str, str]]:
@@ -339,7 +347,7 @@ def _data_rows(stages: Iterable[dict[str, Any]], about: About) -> list[dict[str,
             label = str(stage.get("name") or f"stage {number}")
             if label not in row["use"].split(", "):
                 row["use"] = ", ".join(filter(None, (row["use"], label)))
-    return [{key: cell(value) for key, value in row.items()} for row in rows.values()]
+    return [{key: value if key == "id" else cell(value) for key, value in row.items()} for row in rows.values()]
 
 
 def _box_frames(stages: Iterable[dict[str, Any]]) -> list[str]:
@@ -354,8 +362,3 @@ def _box_frames(stages: Iterable[dict[str, Any]]) -> list[str]:
 
 def _number(value: Any) -> str | None:
     return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def cell(value: Any) -> str:
-    """A text that cannot leave its cell of a Markdown table."""
-    return " ".join(str(value).replace("|", "\\|").split())

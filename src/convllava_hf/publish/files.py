@@ -12,9 +12,11 @@ from typing import Any
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..atomic import naming
 from ..convert.reading import Weights
 from ..convert.writing import ShardWriter, parse_size
 from ..errors import ConvLlavaError
+from ..links import check_links, file_inside
 from ..modeling.configuration_convllava import ConvLlavaConfig
 from ..modeling.modeling_convllava import AUTO_MAP
 from ..record import RECORD_FILE
@@ -44,6 +46,7 @@ _SETTINGS = (
 )
 _BESIDES = (RECORD_FILE, "loss.png", "LICENSE*", "NOTICE*")
 _ENDPOINT = ("handler.py", "requirements.txt")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What decides how a repository loads. Files of these names that an earlier push left and this one lacks are removed
 # with it: model.safetensors beside the shards of a newer push would be what readers get.
 LOADED = (
@@ -65,14 +68,16 @@ LOADED = (
 class Staged:
     """A folder with exactly the files to publish, large ones as links to the checkpoint's own.
 
-    `left_out`: names in the checkpoint that are not published. `base_model`: of an adapter, the id of the model that
-    it belongs to; `None` for a full model.
+    `left_out`: names in the checkpoint that are not published. `refused`: why the folder must not be published as it
+    is, though what it needs to load is there: each names a link out of it, or something that is no file. `base_model`:
+    of an adapter, the id of the model that it belongs to; `None` for a full model.
     """
 
     folder: Path
     source: Path
     base_model: str | None = None
     left_out: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def names(self) -> list[str]:
         """The files' paths in the repository, sorted."""
@@ -107,12 +112,13 @@ def stage(
         trust_remote_code: whether code in `source` that is not this package's is published, and run in the check.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint or adapter, lacks what others need to load it, or names
-            code that is not this package's.
+        ConvLlavaError: `source` is no ConvLLaVA checkpoint or adapter, lacks what others need to load it, names code
+            that is not this package's, or what it needs is a link that leads out of it (see `links`).
     """
     source = Path(source).expanduser()
     if not source.is_dir():
         raise ConvLlavaError(f"There is no folder {str(source)!r}: push takes the folder of a checkpoint.")
+    check_links(source, (*_SETTINGS, *_WEIGHTS, "*.py"))
     is_adapter = (source / "adapter_config.json").is_file()
     staged = Staged(folder, source, _base_of(source, base_model) if is_adapter else None)
     if missing := [name for name in _PROCESSOR_FILES if not (source / name).is_file()]:
@@ -120,9 +126,10 @@ def stage(
             f"{source} lacks the processor's {', '.join(missing)}, without which nobody can use the model. Save the "
             f'processor beside it: AutoProcessor.from_pretrained(...).save_pretrained("{source}")'
         )
-    for path in source.iterdir():
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in (*_SETTINGS, *_BESIDES)):
-            shutil.copyfile(path, folder / path.name)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _SETTINGS):
+            _copy(file_inside(path, source), folder / path.name)
+    _stage_besides(staged)
     if is_adapter:
         _stage_adapter(staged)
     else:
@@ -133,6 +140,16 @@ def stage(
     taken = {*staged.names(), *_named_shards(source), INDEX}
     staged.left_out = sorted(path.name + "/" * path.is_dir() for path in source.iterdir() if path.name not in taken)
     return staged
+
+
+def _stage_besides(staged: Staged) -> None:
+    """What a checkpoint can do without; what is no file of its own is left out and noted in `refused`."""
+    for path in sorted(staged.source.iterdir()):
+        if any(fnmatchcase(path.name, pattern) for pattern in _BESIDES) and (path.is_symlink() or not path.is_dir()):
+            try:
+                _copy(file_inside(path, staged.source), staged.folder / path.name)
+            except ConvLlavaError as error:
+                staged.refused.append(str(error))
 
 
 def is_hub_id(name: str) -> bool:
@@ -176,7 +193,7 @@ def _stage_adapter(staged: Staged) -> None:
     weights = staged.source / ADAPTER
     if not weights.is_file():
         raise ConvLlavaError(f"{staged.source} holds no {ADAPTER}: save the adapter as safetensors.")
-    _link(weights, staged.folder / ADAPTER)
+    _link(file_inside(weights, staged.source), staged.folder / ADAPTER)
     (staged.folder / "config.json").unlink(missing_ok=True)  # beside an adapter it would hide the base model's
 
 
@@ -199,9 +216,9 @@ def _stage_model(staged: Staged, max_shard_bytes: int) -> None:
         _write_shards(staged, max_shard_bytes)
         return
     for name in names:
-        _link(staged.source / name, staged.folder / name)
+        _link(file_inside(staged.source / name, staged.source), staged.folder / name)
     if (staged.source / INDEX).is_file() and names != ["model.safetensors"]:
-        shutil.copyfile(staged.source / INDEX, staged.folder / INDEX)
+        _copy(file_inside(staged.source / INDEX, staged.source), staged.folder / INDEX)
 
 
 def _named_shards(source: Path) -> list[str]:
@@ -239,6 +256,11 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.symlink_to(source.resolve())
     except (OSError, NotImplementedError):
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with naming(target):  # a full disk is not the fault of the file that is read
         shutil.copyfile(source, target)
 
 
@@ -250,16 +272,16 @@ def _stage_code(staged: Staged, trusted: bool) -> None:
     """
     package = resources.files("convllava_hf.modeling")
     named = {reference.rpartition("--")[2].partition(".")[0] for reference in _references(staged)}
-    own = {staged.source / f"{module}.py" for module in named}
     foreign = sorted(module for module in named if not package.joinpath(f"{module}.py").is_file())
     if foreign and not trusted:
         raise ConvLlavaError(
             f"{staged.source} names code that is not this package's ({', '.join(foreign)}.py), which push would run "
             "and publish. Read it, then give --trust-remote-code; or take it out of auto_map in the JSON files."
         )
-    if trusted and _is_complete(own):
-        for path in own.union(*(map(Path, get_relative_import_files(str(path))) for path in own)):
-            shutil.copyfile(path, staged.folder / path.name)
+    own = _own_code(staged.source, named)
+    if trusted and own and all(path.is_file() for path in own):
+        for path in own:
+            _copy(file_inside(path, staged.source), staged.folder / path.name)
     elif foreign:
         raise ConvLlavaError(
             f"{staged.source} needs the code {', '.join(foreign)}.py, which is neither in it nor in this package."
@@ -282,15 +304,22 @@ def _stage_code(staged: Staged, trusted: bool) -> None:
         (staged.folder / name).write_text(content, encoding="utf-8")
 
 
-def _is_complete(modules: set[Path]) -> bool:
-    """Whether these files are there, and all that they import from beside them."""
-    try:
-        return bool(modules) and all(
-            path.is_file() and all(Path(found).is_file() for found in get_relative_import_files(str(path)))
-            for path in modules
-        )
-    except FileNotFoundError:
-        return False
+def _own_code(source: Path, named: set[str]) -> set[Path]:
+    """The checkpoint's files of these modules and all that they import from beside them; some may be missing.
+
+    Raises:
+        ConvLlavaError: one is a link that leads out of the checkpoint.
+    """
+    own: set[Path] = set()
+    for module in sorted(named):
+        file = source / f"{module}.py"
+        if file.exists():
+            file_inside(file, source)  # before it is read: auto_map may name a file anywhere
+        try:
+            own |= {file, *(Path(path) for path in get_relative_import_files(str(file)))}
+        except FileNotFoundError:
+            own.add(file)
+    return own
 
 
 def _is_ours(path: Path, package) -> bool:

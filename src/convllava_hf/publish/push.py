@@ -2,13 +2,13 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
+from ..atomic import temporary_folder
 from ..errors import ConvLlavaError, first_line
 from ..modeling.image_utils_convllava import ImageError, open_image, to_rgb
 from .card import CardInput, render_card
@@ -98,14 +98,16 @@ def push(
     if publisher is not None:
         for one in filter(None, (target, space_target)):
             publisher.check_access(one)
-    with tempfile.TemporaryDirectory(prefix="convllava-push-") as folder:
+    with temporary_folder("convllava-push-") as folder:
         staged = stage(
             model,
-            Path(folder),
+            folder,
             base_model=base_model,
             max_shard_size=max_shard_size,
             trust_remote_code=trust_remote_code,
         )
+        if staged.refused:
+            raise ConvLlavaError(f"Not published. {' '.join(staged.refused)}")
         if space_target is not None and staged.base_model:
             raise ConvLlavaError(
                 "The demo shows a full model, no adapter: merge it (merge_and_unload) and push the merged model, and "

@@ -19,6 +19,7 @@ Other keys are left alone, so a benchmark's own record can be given as it is.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..errors import ConvLlavaError
+from .text import cell
 
 
 # The benchmarks of the paper's table 5, in its order. The card lists all of them, measured or not.
@@ -41,6 +43,9 @@ PAPER_BENCHMARKS = (
     "POPE",
     "RefCOCO",
 )
+_URL = re.compile(r"https?://[\w.~:/?#@!$&*+,;=%-]+")
+_LONGEST_TEXT = 500  # characters
+_TEXTS = ("benchmark", "metric", "dataset", "split", "config", "setting", "source_name", "source_url")
 TASK = "image-text-to-text"
 
 
@@ -118,7 +123,7 @@ def _entries(path: Path) -> list[Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConvLlavaError(f"The results {str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvLlavaError(f"The results {str(path)!r} are not valid JSON: {error}") from error
     if isinstance(content, dict):
         content = content.get("results", content)
@@ -134,6 +139,8 @@ def _result(entry: Any, where: str) -> Result:
     for key in ("benchmark", "metric", "dataset"):
         if not isinstance(entry.get(key), str) or not entry[key].strip():
             raise ConvLlavaError(f"{where}: {key} is {entry.get(key)!r}; expected a text.")
+    if long := [key for key, value in entry.items() if key in _TEXTS and len(str(value)) > _LONGEST_TEXT]:
+        raise ConvLlavaError(f"{where}: {long[0]} has more than {_LONGEST_TEXT} characters, too many for a table.")
     if not _is_number(entry.get("score")):
         raise ConvLlavaError(f"{where}: score is {entry.get('score')!r}; expected a finite number.")
     for key in ("split", "config", "setting", "source_name", "source_url"):
@@ -149,6 +156,8 @@ def _result(entry: Any, where: str) -> Result:
         interval = (interval[0], interval[1])
     if bool(entry.get("source_name")) != bool(entry.get("source_url")):
         raise ConvLlavaError(f"{where}: source_name and source_url go together; give both or neither.")
+    if entry.get("source_url") and not _URL.fullmatch(entry["source_url"]):
+        raise ConvLlavaError(f"{where}: source_url is {entry['source_url']!r:.80}; expected an address with https://.")
     fields = {name: entry.get(name) for name in Result.__dataclass_fields__}
     return Result(**{**fields, "interval": interval})
 
@@ -162,20 +171,19 @@ def _same(benchmark: str, name: str) -> bool:
 
 
 def _row(result: Result) -> dict[str, str]:
-    details = [result.setting, " ".join(filter(None, (result.dataset, result.config, result.split)))]
+    details = [cell(result.setting or ""), cell(" ".join(filter(None, (result.dataset, result.config, result.split))))]
     if result.samples is not None:
         details.append(f"{result.samples} samples")
     if result.failures:
         details.append(f"{result.failures} without an answer")
     if result.source_name:
-        details.append(f"[{result.source_name}]({result.source_url})")
+        details.append(f"[{cell(result.source_name)}]({result.source_url})")
     score = f"{result.score:g}" if abs(result.score) < 1e5 else f"{result.score:.1f}"
     if result.interval:
         score += f" ({result.interval[0]:g} to {result.interval[1]:g})"
-    cells = {
-        "benchmark": result.benchmark,
-        "metric": result.metric,
+    return {
+        "benchmark": cell(result.benchmark),
+        "metric": cell(result.metric),
         "score": score,
         "details": ", ".join(filter(None, details)),
     }
-    return {key: " ".join(value.replace("|", "\\|").split()) for key, value in cells.items()}

@@ -1,0 +1,50 @@
+"""What Ctrl-C and a termination signal do to the command line: no traceback, and nothing half-made is left."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+
+def _leave(number, frame) -> None:
+    """Ends the process at once. While modules are imported there is nothing to clear up, and an exception in the midst
+    of an import reaches code that turns it into another."""
+    os._exit(128 + number)
+
+
+def leave_quietly() -> None:
+    """From now on Ctrl-C ends the process without a word; to be called before anything large is imported."""
+    if _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+@contextlib.contextmanager
+def cleared_up() -> Iterator[None]:
+    """Meanwhile Ctrl-C raises `KeyboardInterrupt` and a termination signal `SystemExit`, so temporary files go."""
+    before = {}
+    if _is_main_thread():
+        if signal.getsignal(signal.SIGINT) is _leave:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _terminating(os.getpid()))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _terminating(process: int):
+    def terminate(number, frame) -> None:
+        if os.getpid() == process:
+            sys.exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)  # a forked worker: its parent clears up
+        os.kill(os.getpid(), number)
+
+    return terminate
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
