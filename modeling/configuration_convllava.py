@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ConvLLaVA's configuration, and the one place where strides, sizes and visual tokens are computed."""
 
+import importlib
 import math
 import sys
 from dataclasses import dataclass
@@ -294,6 +295,10 @@ def set_in_package(name: str) -> None:
     typed arguments (`TypedDict`) together again.
     """
     package = name.rpartition(".")[0]
+    try:
+        importlib.import_module(package or name)
+    except ImportError:
+        return  # loaded from its file, under a name that leads nowhere
     for other, module in list(sys.modules.items()):
         parent, _, child = other.rpartition(".")
         if parent == package and parent in sys.modules:
@@ -330,3 +335,5 @@ def _with_rope_of_transformers_4(config: dict) -> dict:
 # transformers 4 does not have. The entry lets it take the class that this checkpoint's `auto_map` names.
 if hasattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
     modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("convllava", "ConvLlavaForConditionalGeneration")
+
+set_in_package(__name__)

@@ -1,7 +1,6 @@
 """Checkpoints with code in each place where transformers looks for it. What runs writes its name into a file."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,10 +170,3 @@ PLACES: dict[str, Callable[[Hostile], None]] = {
         adapter,
     )
 }
-
-
-def unset_trust(monkeypatch) -> None:
-    """No setting of the machine that lets code run."""
-    for name in list(os.environ):
-        if "TRUST_REMOTE_CODE" in name:
-            monkeypatch.delenv(name)

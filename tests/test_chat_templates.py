@@ -1,6 +1,7 @@
 """The chat templates that `assemble` writes: the family's own text, images, and the assistant's tokens marked."""
 
 import json
+import shutil
 
 import pytest
 from chat_families import FAMILIES, MISTRAL, NO_TEMPLATE, family_tokenizer, stored_template
@@ -237,7 +238,7 @@ REFUSED = {
     "{{ 1 // 0 }}": "cannot write a question and an answer",
     "{{ raise_exception('No.') }}": "cannot write a question and an answer: No",
     "no messages at all": "cannot be marked",
-    "{% generation %}" + _CONTENTS + "{% endgeneration %}": "user says",
+    "> {% generation %}" + _CONTENTS + "{% endgeneration %}": "user says",
     _CONTENTS + "{% generation %}{% endgeneration %}": "no token",
     _CONTENTS + "{% generation %}a{% endgeneration %}": "not those",
 }
@@ -288,7 +289,8 @@ def test_assemble_takes_another_template(tmp_path):
         assert assistant_mask_error(processor) is None
         tokenizer = processor.tokenizer
         assert tokenizer.decode(supervised(tokenizer, parts(ONE), processor.chat_template)) == expected
-    for wrong in (tmp_path / "nowhere.jinja", tmp_path):
+    (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
+    for wrong in (tmp_path / "nowhere.jinja", tmp_path, tmp_path / "latin.jinja", "a\0b"):
         with pytest.raises(ConvLlavaError, match="The chat template .* cannot be read"):
             assemble(tmp_path / "new", vision=tower, text=text, chat_template=wrong, **SMALL)
 
@@ -357,7 +359,7 @@ def test_train_refuses_before_the_data_and_the_model_are_loaded(checkpoint, tmp_
     processor.chat_template = processor.tokenizer.chat_template = UNMARKED
     processor.save_pretrained(tmp_path / "model")
     for file in ("config.json", "model.safetensors"):
-        (tmp_path / "model" / file).symlink_to(checkpoint / file)
+        shutil.copyfile(checkpoint / file, tmp_path / "model" / file)
     monkeypatch.setattr(script, "load_training_data", never)
     monkeypatch.setattr(script, "_load_model", never)
     with pytest.raises(ConvLlavaError, match="it marks no token as the assistant's"):
@@ -370,7 +372,7 @@ def test_data_check_does_not_blame_the_data(checkpoint, tmp_path):
     processor = ConvLlavaProcessor.from_pretrained(checkpoint)
     processor.chat_template = processor.tokenizer.chat_template = UNMARKED
     processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").symlink_to(checkpoint / "config.json")
+    shutil.copyfile(checkpoint / "config.json", tmp_path / "model" / "config.json")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 3))
     report = check_data(tmp_path / "data.json", model=tmp_path / "model")

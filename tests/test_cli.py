@@ -234,7 +234,7 @@ def test_options_reach_the_functions(name, monkeypatch, tmp_path):
     monkeypatch.setattr(f"convllava_hf.convert.{name}", lambda *args, **kwargs: seen.update(args=args, **kwargs))
     if name == "assemble":
         options = {"resolution": 768, "extra_stage_depth": 0, "extra_stage_width": 96, "dtype": "float32", "seed": 7}
-        options |= {"vision": "tower", "text": "llm"}
+        options |= {"vision": "tower", "text": "llm", "chat_template": "chat.jinja"}
         argv, positional = ["assemble", "out"], ("out",)
     else:
         options = {"vision_tower": "tower", "dtype": "float16", "max_shard_size": "1GB"}

@@ -13,7 +13,7 @@ import pytest
 from conftest import make_picture
 
 from convllava_hf import cli, interrupts
-from convllava_hf.cli.common import is_unicode, shortened
+from convllava_hf.cli.common import shortened
 from convllava_hf.convert.writing import parse_size
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.loading import choose_device
@@ -244,7 +244,6 @@ def test_devices_that_compute_nothing():
 def test_texts_in_messages():
     assert shortened("a\0\ud800") == r"'a\x00\ud800'"
     assert len(shortened(LONG)) < 100
-    assert is_unicode("é𝄞\0") and not is_unicode(BYTES)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Converting the original's checkpoints, in all the layouts that they come in."""
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import originals
@@ -248,7 +250,7 @@ REFUSALS = [
     (originals.misshape, r"model\.norm\.weight .* is \(63,\), expected \(64,\)"),
     (originals.lose_shard, "1 are missing .*pytorch_model-00002-of-00002.bin"),
     *((originals.name_in_the_index(file), "names the file .*beside it") for file in UNSAFE_FILES),
-    (lambda s: make_fifo(s / "config.json"), "config.json is no ordinary file"),
+    (lambda s: make_fifo(s / "config.json"), "is a FIFO, and a file is expected"),
     (originals.evil_pickle, "cannot be read as PyTorch weights"),
     (originals.swap_tower, "'clip_vision_model', but ConvLLaVA's vision tower is a ConvNeXt"),
     (lambda s: (s / "model.safetensors").unlink(), "holds no weights"),
@@ -405,6 +407,9 @@ def test_what_a_killed_conversion_left_is_put_back_and_cleared(source, converted
 
 
 def test_a_full_disk_names_the_file_that_was_being_written(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("struct.pack", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("convllava_hf.convert.writing.struct", SimpleNamespace(pack=fail))
     with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
         convert_checkpoint(source, tmp_path / "out", progress=False)

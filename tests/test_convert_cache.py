@@ -119,7 +119,9 @@ def test_a_commit_on_the_hub_is_the_name(source, tmp_path, conversions, monkeypa
     hub, tower = tmp_path / "hub", tmp_path / "tower"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(hub), raising=False)
-    monkeypatch.setattr("convllava_hf.loading.cached_file", lambda name, file: cache.hf_hub_download(name, file))
+    monkeypatch.setattr(
+        "convllava_hf.loading.cached_file", lambda name, file, revision=None: cache.hf_hub_download(name, file)
+    )
     originals.as_released(source, tower)
     originals.into_hub_cache(hub, originals.RELEASED_TOWER, tower)
     originals.into_hub_cache(hub, "org/original", source)

@@ -106,7 +106,7 @@ def test_damaged_files(copy, name):
 def test_a_template_that_cannot_be_used_is_refused_before_the_weights_are_read(copy, template, monkeypatch):
     (copy / "chat_template.jinja").write_text(template)
     (copy / "model.safetensors").unlink()
-    assert outcome(copy).startswith("refused: Cannot load the checkpoint")
+    assert outcome(copy).startswith("refused: Cannot use the chat template of the checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_clean_file_replaces_nothing(folder, capsys, monkeypatch):
         (path, path, "is there already"),
         (path, folder / "good.png", "expected a name that ends in .json or .jsonl"),
         (path, folder / "nowhere" / "clean.json", "no folder that can be written to"),
-        (path, f"{folder}/nul\0.json", "embedded null"),
+        (path, f"{folder}/nul\0.json", "NUL"),
         (path, folder / ("x" * 300 + ".json"), "Cannot write"),
         (folder / "table.parquet", folder / "clean.json", "on_bad_sample: skip"),
     ):

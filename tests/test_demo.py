@@ -283,7 +283,7 @@ def test_websockets_are_closed():
     async def send(message):
         sent.append(message["type"])
 
-    asyncio.run(Guard(None, 1, 1, ".")({"type": "websocket", "path": "/gradio_api/queue/join"}, None, send))
+    asyncio.run(Guard(None, 1, 1, 1, 1, ".")({"type": "websocket", "path": "/gradio_api/queue/join"}, None, send))
     assert sent == ["websocket.close"]
 
 

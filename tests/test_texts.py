@@ -84,11 +84,11 @@ def test_chat_goes_on_after_a_line_that_is_not_utf8(checkpoint, capsys, monkeypa
             asked.append(messages[-1]["content"][0]["text"])
             return SimpleNamespace(text="It.")
 
-    monkeypatch.setattr(chat, "load_assistant", lambda args: Assistant())
+    monkeypatch.setattr(chat, "load_assistant", lambda args, checkpoint: Assistant())
     typed = b"What?\ncaf\xe9?\n/image caf\xe9.png\n/caf\xe9\n" + f"{EMOJI}?\n".encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     assert cli.main(["chat", str(checkpoint)]) == 0
     assert asked == ["What?", f"{EMOJI}?"]
     question, picture, command = capsys.readouterr().err.splitlines()
     assert "The question has half a surrogate pair (\\udce9) at character 3" in question
-    assert "There is no picture" in picture and "There is no command" in command
+    assert "There is no image" in picture and "There is no command" in command

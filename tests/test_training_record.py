@@ -32,7 +32,11 @@ def test_stages_are_written_one_after_the_other(converted_checkpoint, tmp_path):
         output = tmp_path / STAGES[number]
         trainers.append(run(RECIPES / f"{STAGES[number]}.yaml", start, output, **FEW))
         start = output
-    assert read_record(start)["origin"] == {"checkpoint": "checkpoint-init"}  # of the conversion
+    origin = read_record(start)["origin"]  # of the conversion
+    assert origin == {
+        "checkpoint": "checkpoint-init",
+        "vision_tower_choice": {"taken": "named", "asked_for": False},
+    }
     stages = read_record(start)["stages"]
     assert [one["name"] for one in stages] == [STAGES[1], STAGES[2]]
     for number, (told, trainer) in enumerate(zip(stages, trainers, strict=True), 1):

@@ -15,7 +15,7 @@ for name in ("trl", "datasets", "rapidfuzz", "scipy"):
 
 from benchmark_data import make  # noqa: E402
 from conftest import GOLDEN, make_picture  # noqa: E402
-from training_runs import RECIPES, arguments_of, options  # noqa: E402
+from training_runs import RECIPES, arguments_of, run  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.convert import assemble  # noqa: E402
@@ -199,21 +199,15 @@ def test_no_recipe_trusts_by_itself():
 
 
 def test_states_that_run_code_are_not_resumed_from(converted_checkpoint, tmp_path, terminal):
-    start = converted_checkpoint("stage3")
-    one = Hostile(tmp_path / "checkpoint-1", start, tmp_path / "RAN")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+    start, recipe = converted_checkpoint("stage3"), RECIPES / "stage1_projector.yaml"
+    run(recipe, start, tmp_path / "out", **{**TRAIN, "save_strategy": "steps", "save_steps": 1})
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        one = Hostile(tmp_path / name / "checkpoint-1", tmp_path / "out" / "checkpoint-1", tmp_path / "RAN")
         one.pickle(name)
-    (one.folder / "trainer_state.json").write_text('{"global_step": 1}')
-    arguments = arguments_of(RECIPES / "stage1_projector.yaml", start, tmp_path / "out", **TRAIN)
-    with pytest.raises(ConvLlavaError, match="holds more than tensors and numbers"):
-        run_train([*arguments, *options(resume_from_checkpoint=one.folder)])
-    assert one.ran == ""
-
-
-def run_train(arguments: list[str]):
-    from convllava_hf.train import main
-
-    return main(arguments)
+        one.pickle("training_args.bin")
+        with pytest.raises(ConvLlavaError, match="holds more than tensors and numbers"):
+            run(recipe, start, tmp_path / "more", **{**TRAIN, "max_steps": 2}, resume_from_checkpoint=one.folder)
+        assert one.ran == "", name
 
 
 @pytest.mark.parametrize("name", ["pytorch_model_fsdp_0/.metadata", "global_step1/mp_rank_00_model_states.pt"])

@@ -152,7 +152,6 @@ def _key(picture, options: Mapping[str, Any]) -> str:
     else:
         if hasattr(picture, "detach"):
             tensor = picture.detach().cpu()
-            digest.update(str(tensor.dtype).encode())
             picture = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # which NumPy does not have
         array = np.ascontiguousarray(picture)
         digest.update(repr((array.dtype, array.shape)).encode())

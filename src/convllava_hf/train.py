@@ -68,8 +68,8 @@ def train(
         model_config.lora_target_modules = LORA_TARGETS
     check_model(training, model_config)
     processor = load_processor(model_config.model_name_or_path, **source)
-    check_chat_template(processor, training.assistant_only_loss)
     processor = with_picture_options(processor, data.pictures)
+    check_chat_template(processor, training.assistant_only_loss)
     dataset = load_training_data(
         data.dataset_name,
         split=data.dataset_train_split,

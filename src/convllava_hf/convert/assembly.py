@@ -15,7 +15,7 @@ from ..trust import check_code, foreign_code
 from . import layout
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
 from .reading import Weights, locate, read_json
-from .templates import template_with_pictures
+from .templates import read_template, template_with_pictures
 from .tokenizers import IMAGE_TOKEN, add_image_token, load_original_tokenizer, prefix_after
 from .towers import StateDict, Tower, read_tower
 from .writing import check_output, new_checkpoint_folder, parse_size
@@ -69,7 +69,7 @@ def assemble(
             trained with; `output` exists.
     """
     check_output(output, overwrite)
-    given_template = None if chat_template is None else _read_template(chat_template)
+    given_template = None if chat_template is None else read_template(chat_template)
     folder = locate(text, _WHAT)
     text_config, language_model, base = _read_config(folder)
     tokenizer = _read_tokenizer(folder)
@@ -229,13 +229,6 @@ def _why(error: Exception, folder: Path) -> str:
     if "trust_remote_code" in str(error) and (code := foreign_code(folder)):
         return f"it needs code of its own, {'; '.join(code)}, which is not run: choose one that transformers has"
     return first_line(error)
-
-
-def _read_template(path: str | Path) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConvLlavaError(f"The chat template {path} cannot be read: {first_line(error)}.") from error
 
 
 def _read_tokenizer(folder: Path):

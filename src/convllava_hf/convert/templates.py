@@ -1,8 +1,10 @@
 """Chat templates: Vicuna's, and a language model's own with pictures in it."""
 
 from importlib import resources
+from pathlib import Path
 
 from ..chat_templates import time_limit
+from ..errors import ConvLlavaError, first_line
 from .marking import TemplateFailure, mark_assistant, render
 from .tokenizers import IMAGE_TOKEN, prefix_after
 
@@ -79,6 +81,18 @@ def template_with_pictures(tokenizer, after_bos: str, template: str | None = Non
 def _pictures(tokenizer) -> str:
     """`_PICTURES`, with what gives the text after an image its dummy prefix."""
     return _PICTURES.replace(IMAGE_TOKEN, IMAGE_TOKEN + prefix_after(tokenizer, IMAGE_TOKEN))
+
+
+def read_template(path: str | Path) -> str:
+    """A chat template's file.
+
+    Raises:
+        ConvLlavaError: it cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # the latter: no UTF-8, or a path that cannot be one
+        raise ConvLlavaError(f"The chat template {str(path)!r} cannot be read: {first_line(error)}.") from error
 
 
 def _takes_pictures(tokenizer, template: str) -> bool:

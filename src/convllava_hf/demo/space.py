@@ -25,6 +25,7 @@ _PACKAGE = (
     "fast_tower.py",
     "memory.py",
     "picture_options.py",
+    "texts.py",
     "trust.py",
 )
 _MODELING = (

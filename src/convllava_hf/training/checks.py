@@ -32,12 +32,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "projector_learning_rate", "vision_tower_learning_rate"), (0, 1e3)),
     **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), (0, 1e6)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, _BELOW_1)),
-    **dict.fromkeys(("warmup_steps", "eval_delay", "save_total_limit", "max_bad_pictures"), (0, _COUNT)),
+    **dict.fromkeys(("warmup_steps", "eval_delay", "save_total_limit"), (0, _COUNT)),
     **dict.fromkeys(
         ("max_length", "min_pixels", "max_pixels", "pad_to_multiple_of", "ddp_bucket_cap_mb"), (1, _COUNT)
     ),
     **dict.fromkeys(("dataset_num_proc", "dataloader_prefetch_factor", "lora_r"), (1, 2**16)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("max_bad_pictures", "max_bad_samples"), (0, _COUNT)),
     "label_smoothing_factor": (0, 1),
     "dataloader_num_workers": (0, 1024),
     "lora_alpha": (1, _COUNT),

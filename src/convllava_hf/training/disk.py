@@ -39,13 +39,11 @@ class DiskFullError(ConvLlavaError):
 
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that there was no room for a file."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _ERRNOS:
-            return True
-        if isinstance(error, (SafetensorError, RuntimeError, OSError)) and any(text in str(error) for text in _TEXTS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(one, OSError) and one.errno in _ERRNOS)
+        or (isinstance(one, (SafetensorError, RuntimeError, OSError)) and any(text in str(one) for text in _TEXTS))
+        for one in _chain(error)
+    )
 
 
 @contextmanager
@@ -125,11 +123,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _file_of(error: BaseException | None) -> Path | None:
-    while error is not None:
-        if isinstance(error, OSError) and isinstance(error.filename, (str, os.PathLike)):
-            return Path(error.filename)
-        error = error.__cause__ or error.__context__
+    for one in _chain(error):
+        if isinstance(one, OSError) and isinstance(one.filename, (str, os.PathLike)):
+            return Path(one.filename)
     return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from, each once: `raise ... from` can lead in a circle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _existing(path: Path) -> Path:
