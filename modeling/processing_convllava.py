@@ -12,6 +12,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .configuration_convllava import set_in_package, visual_token_grid
 from .image_processing_convllava import PICTURE_ARGUMENTS, ConvLlavaImagesKwargs
 
+# transformers 4 copies only what the file of a class imports itself, not what those files import in turn.
+from .image_utils_convllava import ImageError  # noqa: F401
+
 
 IMAGE_TOKEN = "<image>"
 # transformers' `sanitize_control_tokens` puts this character before a token that a user typed: it is text then.

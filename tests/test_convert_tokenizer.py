@@ -256,6 +256,8 @@ STOPS = ("\n", ".", "sunny", "clock.", " is", "🚲", "표지", "\n\n", "go", "�
 @pytest.mark.parametrize("stop", STOPS)
 def test_generation_stops_at_any_string(tmp_path, golden, stop):
     """transformers' own criterion, held against the text of every prefix of the ids."""
+    if not stop.isascii() and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 does not read tokens of bytes")
     folder = original_folder(tmp_path, golden / "checkpoint-stage3" / "tokenizer.model", legacy=False)
     tokenizer = load_original_tokenizer(folder)
     criterion = StopStringCriteria(tokenizer, [stop])

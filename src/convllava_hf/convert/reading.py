@@ -1,7 +1,6 @@
 """Finding checkpoints and reading them tensor by tensor."""
 
 import contextlib
-import glob
 import json
 import os
 import pickle
@@ -97,9 +96,8 @@ def _download_weights(repository: str, folder: Path, inner: str, what: str) -> N
         else:
             shards = _shard_names(found, what) if name.endswith(".index.json") else []
             try:
-                if shards:
-                    patterns = [glob.escape(prefix + shard) for shard in shards]
-                    snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
+                for shard in shards:  # by name: in the cache, these are found without the Hub too
+                    hf_hub_download(repository, prefix + shard, revision=folder.name)
             except _HUB_ERRORS as error:
                 raise ConvLlavaError(_not_downloaded(repository, prefix + name, what, error)) from error
             return
