@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from ..boxes import DEFAULT_FRAME, TextBox, convert_boxes, find_boxes, frame_of_mode, place_in_square
+from ..modeling.image_utils_convllava import orientation_of
 
 
 logger = logging.getLogger(__name__)
@@ -86,16 +87,10 @@ def shape_of(sizes: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
 
 
 def _upright_size(image: Any) -> tuple[int, int] | None:
-    """Height and width in pixels of an opened image, turned as its EXIF says; `None` if that cannot be read.
-
-    What cannot be turned is refused a moment later, when the image is prepared.
-    """
+    """Height and width in pixels of an opened image, turned as its EXIF says; `None` of anything else."""
     if not isinstance(image, Image.Image):
         return None
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-    except Exception:  # PIL's parsers let through whatever they stumble over
-        return None
+    turned = orientation_of(image) in _TURNED
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
