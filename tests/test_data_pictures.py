@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from convllava_hf.data.conversations import SampleError
 from convllava_hf.data.pictures import PictureError, SafePictureCollator
 from convllava_hf.errors import ConvLlavaError
+from convllava_hf.modeling.image_utils_convllava import ImageError
 
 
 class Pictures:
@@ -258,18 +259,31 @@ def test_a_fault_of_the_program_is_raised_as_it_is(processor, dataset):
         assert collator.skipped == 0
 
 
-def test_whatever_opening_or_preparing_raises(processor, dataset, tmp_path, monkeypatch):
-    """Of PIL's parsers: of one picture while it is opened, of another while it is prepared."""
+def test_a_fault_of_the_image_processor_is_raised_as_it_is(processor, dataset, monkeypatch):
+    """Whatever is wrong with an image it says by an `ImageError`."""
+
+    def fetching(self, image):
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr(type(processor.image_processor), "fetch_images", fetching)
+    collator = SafePictureCollator(Pictures(processor), dataset, policy="skip")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        collator(dataset[:3])
+    assert collator.skipped == 0
+
+
+def test_what_opening_or_preparing_an_image_raises(processor, dataset, tmp_path, monkeypatch):
+    """Of one image while it is opened, of another while it is prepared."""
     fetch, prepare = type(processor.image_processor).fetch_images, type(processor.image_processor).preprocess
 
     def fetching(self, image):
         if isinstance(image, dict) and str(image["path"]).endswith("/1.png"):
-            raise IndexError("index out of range")
+            raise ImageError("index out of range")
         return fetch(self, image)
 
     def preparing(self, images, **kwargs):
         if any(getattr(image, "height", 0) == 22 for image in images):  # that of sample 2
-            raise TypeError("an integer is required")
+            raise MemoryError("an integer is required")
         return prepare(self, images, **kwargs)
 
     monkeypatch.setattr(type(processor.image_processor), "fetch_images", fetching)

@@ -127,7 +127,7 @@ class SafePictureCollator:
         for picture in example.get("images") or ():
             try:
                 pictures.append(fetch(picture))
-            except Exception as error:  # PIL's parsers let through whatever they stumble over
+            except (OSError, ValueError) as error:  # ImageError is a ValueError; all else is a fault of a program
                 raise PictureError(
                     f"Sample {_index(example)} has a picture that cannot be read: {_reason(error)}."
                 ) from error
@@ -147,7 +147,7 @@ class SafePictureCollator:
             try:
                 if example["images"]:
                     processor.image_processor(example["images"])
-            except Exception as of_picture:  # PIL decodes late, and lets through whatever its parsers stumble over
+            except (OSError, ValueError, MemoryError) as of_picture:
                 names = ", ".join(_name(picture) for picture in example["files"])
                 raise PictureError(
                     f"Sample {index} has a picture that cannot be prepared ({names}): {_reason(of_picture)}."
