@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 # Compiling all of torch while installing takes longer than compiling what is imported.
 PIP := -m pip --disable-pip-version-check --no-input install --quiet --no-compile
 
-.PHONY: help quickstart test test-slow test-miniature test-lmms-eval test-compat style format wheel clean
+.PHONY: help quickstart test test-slow test-miniature test-lmms-eval test-compat gpu gpu-bundle style format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,13 @@ test-compat: $(COMPAT_VENV)/.installed-compat ## the tests on one version of tra
 	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest $(XDIST) -m 'not slow and not miniature' \
 		--ignore-glob='tests/test_miniature*' $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(COMPAT_VENV)/bin/python -m pytest $(XDIST) -m slow $(COMPAT_SLOW) $(PYTEST_ARGS)
+
+# With a bundle there is nothing to install first: an environment is made from it, over the interpreter's own packages.
+gpu: $(if $(findstring --bundle,$(ARGS)),,$(VENV)/.installed-dev) ## test and measure on a GPU, in eight minutes; without one, ARGS=--tiny rehearses it
+	$(if $(findstring --bundle,$(ARGS)),$(PYTHON),$(BIN)/python) benchmarks/gpu.py $(ARGS)
+
+gpu-bundle: ## collect the packages that a GPU machine without a network lacks
+	$(PYTHON) benchmarks/gpu_jobs/bundle.py gpu-bundle $(ARGS)
 
 style: $(VENV)/.installed-dev ## lint, and check the formatting
 	$(BIN)/ruff check .

@@ -66,8 +66,9 @@ class ConvLlavaTrainer(SFTTrainer):
                 self.args.projector_learning_rate,
                 self.args.vision_tower_learning_rate,
             )
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
+            # transformers takes the groups from here, and keeps bitsandbytes' states of embeddings in 32 bits.
+            self.optimizer_cls_and_kwargs = (optimizer_class, {**options, "params": groups})
+        return super().create_optimizer(model)
 
     def get_eval_dataloader(self, eval_dataset=None):
         collator, self.data_collator = self.data_collator, self.eval_data_collator
