@@ -82,7 +82,7 @@ class ConvLlavaVisionStage(ConvNextStage):
             features = layer(features)
         for layer in self.layers:
             if mask is not None:
-                features = features * mask
+                features = features * mask.to(features.device)  # a device map may split a stage
             if self.gradient_checkpointing and self.training:
                 features = self._checkpointed(layer, features)
             else:

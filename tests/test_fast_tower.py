@@ -1,6 +1,7 @@
 """Faster ways to run the tower give the features of the plain one: equal but for rounding, or nearly for integers."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -95,14 +96,56 @@ def test_compiled_on_a_cpu(tower):
     assert change(tower, dtype, sizes=[(128, 192), (64, 128)])[0] < (1e-5 if tower == "compiled" else 0.03)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("tower", ["channels-last", "compiled", "cuda-graphs"])
-@pytest.mark.parametrize("sizes", [None, [(128, 192), (64, 128)]])
-def test_on_a_gpu(tower, sizes):
+def test_every_size_of_image_is_compiled(monkeypatch):
+    """torch.compile would stop at 8 compilations of the function that all stages share, and go on without."""
+    compiled = []
+    compile_module = torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode, dynamic: compile_module(self, backend=backend, dynamic=dynamic)
+    )
+    monkeypatch.setattr(fast_tower, "_why_not", lambda *args: None)
     torch.compiler.reset()
-    fast, rounding = change(tower, torch.bfloat16, "cuda", sizes)
-    assert fast < 2 * rounding
+    tower = make_tower(torch.float32)
+    speed_up(tower, "compiled")
+    with (
+        torch.inference_mode(),
+        torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False),
+    ):
+        for number in range(1, 5):
+            tower(torch.randn(2, 3, 64 * number, 128))
+            assert len(compiled) == 6 * number  # the stem and five stages
+    torch.compiler.reset()
+
+
+def test_recorded_graphs_are_known_to_every_thread():
+    from torch._inductor import cudagraph_trees
+
+    found = []
+
+    def look() -> None:
+        fast_tower._share_graphs()
+        found.append(cudagraph_trees.local.tree_manager_containers)
+        found.append(cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_locks"))
+
+    look()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert len(found) == 4 and found[0] is found[2] and found[1] is found[3]
+
+
+@pytest.mark.parametrize(("missing", "message"), [("triton", "needs Triton"), ("compiler", "Triton needs one of gcc")])
+def test_compiling_for_cuda_needs_triton_and_a_compiler(missing, message, monkeypatch):
+    monkeypatch.setattr(fast_tower.importlib.util, "find_spec", lambda name: None if missing == "triton" else object())
+    monkeypatch.setattr(fast_tower.shutil, "which", lambda name: None)
+    for tower in ("compiled", "cuda-graphs"):
+        with pytest.raises(ConvLlavaError, match=message):
+            choose_tower(torch.device("cuda"), torch.bfloat16, tower)
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -66,13 +66,6 @@ def test_a_chats_memory_tells_tensors_of_half_precision_apart():
     assert _key(values, {}) == _key(values.clone(), {}) == _key(values.float(), {}) != _key(values + 1, {})
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_tensor_on_a_gpu_is_an_image():
-    values = torch.tensor(COLORS / 255.0, dtype=torch.bfloat16)
-    np.testing.assert_array_equal(seen(values.cuda()), seen(values))
-
-
 def test_floats_are_rounded_and_not_cut_off():
     levels = np.arange(256, dtype=np.float32).reshape(16, 16) / np.float32(255)
     found = seen(levels.repeat(8, 0).repeat(8, 1))[::8, ::8, 0]

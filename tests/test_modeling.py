@@ -260,11 +260,3 @@ def test_auto_device_map_keeps_blocks_whole(checkpoint, model, inputs):
     assert set(parts.values()) == {"cpu", "disk"}
     inside = [name for name in parts if ".layers." in name and name.rsplit(".layers.", 1)[1].count(".") > 0]
     assert not inside
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_in_half_precision(checkpoint, model, inputs):
-    loaded = ConvLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="auto")
-    logits = last_logits(loaded, {name: tensor.to(loaded.device) for name, tensor in inputs.items()})
-    assert torch.nn.functional.cosine_similarity(logits.float().cpu(), last_logits(model, inputs)).min() > 0.99

@@ -5,11 +5,11 @@ import logging
 import os
 from collections.abc import Iterator
 
-import torch
 from huggingface_hub import errors as hub_errors
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
+from .device_memory import is_out_of_memory
 from .errors import ConvLlavaError, first_line
 
 
@@ -59,9 +59,11 @@ def blamed_on(source: str | os.PathLike, what: str = "Cannot load the checkpoint
     """
     try:
         yield
-    except (ConvLlavaError, torch.OutOfMemoryError):  # the device's memory, whatever the files say
+    except ConvLlavaError:
         raise
     except _ERRORS as error:
+        if is_out_of_memory(error):  # the device's memory, whatever the files say
+            raise
         raise _damaged(error, source, what) from error
     except Exception as error:
         if type(error) is not Exception:  # which is what tokenizers raises; all other kinds are faults of a program

@@ -3,10 +3,14 @@
 Measured in benchmarks/README.md, with the change in features that each costs.
 """
 
+import collections
 import functools
+import importlib.util
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +27,12 @@ TOWERS = {
     "cuda-graphs": "compiled, and each size of picture recorded as one launch (CUDA)",
 }
 _COMPILERS = ("g++", "clang++", "c++")
+_TRITON_COMPILERS = ("gcc", "clang", "cc")
+# torch.compile gives up after 8 compilations of one function, and goes on without compiling; all stages share theirs,
+# and each new size of image is a compilation for each of them.
+_MOST_COMPILATIONS = 1024
+_GRAPHS: dict[str, Any] = {}  # what torch knows of recorded CUDA graphs, for all threads: see `_share_graphs`
+_Locks = functools.partial(collections.defaultdict, threading.Lock)
 
 
 def choose_tower(device: torch.device, dtype: torch.dtype, tower: str | None = None) -> str:
@@ -65,6 +75,11 @@ def _why_not(tower: str, device: torch.device, dtype: torch.dtype) -> str | None
             return f"torch {torch.__version__} lacks the operation"
     if tower == "compiled" and device.type == "cpu" and not _has_compiler():
         return f"compiling needs one of {', '.join(_COMPILERS)}"
+    if tower in ("compiled", "cuda-graphs") and device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "compiling for CUDA needs Triton"
+        if not any(shutil.which(name) for name in (os.environ.get("CC", ""), *_TRITON_COMPILERS) if name):
+            return f"Triton needs one of {', '.join(_TRITON_COMPILERS)}"
     return None
 
 
@@ -119,15 +134,55 @@ def _compile(vision_tower: nn.Module, mode: str | None) -> None:
     """Compiles embeddings and stages; what looks at the sizes of single pictures stays in Python."""
     for module in (vision_tower.embeddings, *vision_tower.encoder.stages):
         module.compile(mode=mode, dynamic=False)
+    vision_tower.forward = _compiling_every_size(vision_tower.forward)
     if mode is not None:
-        # A graph writes its output to the same memory each time: what a caller keeps must be a copy.
-        vision_tower.register_forward_pre_hook(lambda *args: torch.compiler.cudagraph_mark_step_begin())
-        vision_tower.register_forward_hook(_copy_features)
+        vision_tower.forward = _replaying_graphs(vision_tower.forward)
 
 
-def _copy_features(module: nn.Module, args: tuple, output):
-    output.last_hidden_state = output.last_hidden_state.clone()
-    return output
+def _compiling_every_size(forward: Callable) -> Callable:
+    """A tower's forward during which torch.compile may compile as often as there are sizes of images."""
+
+    @functools.wraps(forward)
+    def compiling(*args, **kwargs):
+        limits = {"recompile_limit": _MOST_COMPILATIONS, "accumulated_recompile_limit": _MOST_COMPILATIONS}
+        with torch._dynamo.config.patch(limits):
+            return forward(*args, **kwargs)
+
+    return compiling
+
+
+def _replaying_graphs(forward: Callable) -> Callable:
+    """A tower's forward whose parts are CUDA graphs, for one thread at a time."""
+    lock = threading.Lock()
+
+    @functools.wraps(forward)
+    def replaying(*args, **kwargs):
+        with lock:
+            _share_graphs()
+            torch.compiler.cudagraph_mark_step_begin()
+            output = forward(*args, **kwargs)
+            # A graph writes its output to the same memory each time: what a caller keeps must be a copy.
+            output.last_hidden_state = output.last_hidden_state.clone()
+            return output
+
+    return replaying
+
+
+def _share_graphs() -> None:
+    """Lets this thread use the graphs that others have recorded.
+
+    torch keeps them by thread, and up to 2.11 fails in threads that it has not prepared itself. The demo answers each
+    question in a new one.
+    """
+    from torch._inductor import cudagraph_trees
+
+    local = getattr(cudagraph_trees, "local", None)
+    if local is None:
+        return
+    for name, kind in (("tree_manager_containers", dict), ("tree_manager_locks", _Locks)):
+        if name not in _GRAPHS:
+            _GRAPHS[name] = getattr(local, name) if hasattr(local, name) else kind()
+        setattr(local, name, _GRAPHS[name])
 
 
 def _replace_products(layers: list[nn.Module], activation: str, kind: type) -> None:

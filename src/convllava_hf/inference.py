@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
 from .damaged import blamed_on, check_generation_config
+from .device_memory import telling_of_full_memory
 from .errors import ConvLlavaError, first_line
 from .fast_tower import choose_tower, has_plain_products, speed_up
 from .loading import (
@@ -43,6 +44,15 @@ from .trust import from_checkpoint, pickled_code
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 _NONE: Mapping[str, Any] = MappingProxyType({})
+# Remedies where a device's memory does not suffice.
+SMALLER_MODEL = (
+    "Load the language model in 4 bits (--quantization 4bit), or in a dtype of two bytes (--dtype bfloat16), or close "
+    "other programs that use the device."
+)
+LESS_MEMORY = (
+    "Load the language model in 4 bits (--quantization 4bit), let images be smaller (--size or --preset), or ask "
+    "about fewer of them."
+)
 
 
 @dataclass(frozen=True)
@@ -124,22 +134,21 @@ class Assistant:
         stream = _AnswerStream(self.processor.tokenizer, on_text)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
         try:
-            output = self.model.generate(
-                **(inputs if glance is None else glance.left_to_compute(self.model, inputs)),
-                **sampling,
-                num_beams=1,
-                max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
-                streamer=stream,
-                return_dict_in_generate=True,
-                stopping_criteria=StoppingCriteriaList([] if should_stop is None else [_Stop(should_stop)]),
-            )
-        except torch.OutOfMemoryError as error:
+            what = f"this conversation of {prompt_tokens} tokens beside the model in {self.dtype}"
+            with telling_of_full_memory(what, self.device, LESS_MEMORY):
+                output = self.model.generate(
+                    **(inputs if glance is None else glance.left_to_compute(self.model, inputs)),
+                    **sampling,
+                    num_beams=1,
+                    max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
+                    streamer=stream,
+                    return_dict_in_generate=True,
+                    stopping_criteria=StoppingCriteriaList([] if should_stop is None else [_Stop(should_stop)]),
+                )
+        except ConvLlavaError:
             if self.memory is not None:
                 self.memory.forget()
-            raise ConvLlavaError(
-                f"The memory of {self.device} does not hold this conversation of {prompt_tokens} tokens beside the "
-                f"model in {self.dtype}. Load the model in 4 bits, or ask about fewer pictures. {first_line(error)}"
-            ) from error
+            raise
         if glance is not None:
             glance.keep(output)
         token_ids = output.sequences[0, prompt_tokens:].tolist()
@@ -158,7 +167,8 @@ class Assistant:
             inputs = prompt_inputs(processor, [messages], images_kwargs)
         except (OSError, ValueError) as error:  # by kind: a processor from a checkpoint has an ImageError of its own
             raise ConvLlavaError(first_line(error)) from error
-        return inputs.to(self.device, self.dtype)
+        with telling_of_full_memory("the images of this conversation", self.device, LESS_MEMORY):
+            return inputs.to(self.device, self.dtype)
 
     @property
     def context(self) -> int | None:
@@ -356,7 +366,7 @@ def load(
     with blamed_on(source):  # a question shows whether template and image processor can be used, before the weights
         prompt_inputs(processor, [[user_turn("?", [Image.new("RGB", (64, 64))])]])
     try:
-        with blamed_on(source):
+        with telling_of_full_memory(f"the model in {dtype}", device, SMALLER_MODEL), blamed_on(source):
             model, info = from_checkpoint(
                 ConvLlavaForConditionalGeneration,
                 AutoModelForImageTextToText,
@@ -368,10 +378,6 @@ def load(
         raise ConvLlavaError(pickled_code(source)) from error
     except ImportError as error:
         raise ConvLlavaError(f"Cannot load the checkpoint {os.fspath(source)!r}: {first_line(error)}") from error
-    except torch.OutOfMemoryError as error:
-        raise ConvLlavaError(
-            f"The memory of {device} does not hold the model in {dtype}. Load it in 4 bits. {first_line(error)}"
-        ) from error
     if missing := sorted(info["missing_keys"]):
         raise ConvLlavaError(
             f"The checkpoint {os.fspath(source)!r} lacks {len(missing)} of the model's tensors, the first of them "

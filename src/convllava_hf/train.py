@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .data import load_training_data
+from .device_memory import telling_of_full_memory
 from .errors import ConvLlavaError, first_line
 from .links import check_links
 from .loading import check_checkpoint, load_processor
@@ -30,6 +31,17 @@ from .trust import from_checkpoint, pickled_code
 
 
 logger = logging.getLogger(__name__)
+
+# Remedies where a device's memory does not suffice.
+_SMALLER_MODEL = (
+    "set dtype: bfloat16, train an adapter on a model in 4 bits (use_peft, load_in_4bit), or shard the model over "
+    "several GPUs (recipes/accelerate/fsdp2.yaml)."
+)
+_SMALLER_STEP = (
+    "Set a smaller per_device_train_batch_size, with more gradient_accumulation_steps for the same batch; let images "
+    "be smaller (preset, max_pixels); leave gradient_checkpointing on. If weights, gradients and optimizer states are "
+    f"too large: {_SMALLER_MODEL}"
+)
 
 
 def main(
@@ -81,24 +93,27 @@ def train(
         seed=training.seed,
         bad_samples=data.bad_samples,
     )
-    model = _load_model(model_config, training.trust_remote_code)
+    name = f"the model {model_config.model_name_or_path!r}"
+    with telling_of_full_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
+        model = _load_model(model_config, training.trust_remote_code)
     if not model_config.use_peft:
         set_trainable(model, training.trainable)
     evaluation = _evaluation_data(data, training)
     try:
-        trainer = ConvLlavaTrainer(
-            model=model,
-            args=training,
-            train_dataset=dataset,
-            eval_dataset=evaluation,
-            processing_class=processor,
-            callbacks=list(callbacks or ()) or None,
-            peft_config=get_peft_config(model_config),
-            on_bad_picture=data.on_bad_picture,
-            max_bad_pictures=data.max_bad_pictures,
-            on_bad_sample=data.on_bad_sample,
-            max_bad_samples=data.max_bad_samples,
-        )
+        with telling_of_full_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
+            trainer = ConvLlavaTrainer(
+                model=model,
+                args=training,
+                train_dataset=dataset,
+                eval_dataset=evaluation,
+                processing_class=processor,
+                callbacks=list(callbacks or ()) or None,
+                peft_config=get_peft_config(model_config),
+                on_bad_picture=data.on_bad_picture,
+                max_bad_pictures=data.max_bad_pictures,
+                on_bad_sample=data.on_bad_sample,
+                max_bad_samples=data.max_bad_samples,
+            )
     except (ImportError, OSError, ValueError) as error:  # of settings that only TRL and transformers know
         if isinstance(error, ConvLlavaError):
             raise
@@ -110,8 +125,10 @@ def train(
         )
     if trainer.is_world_process_zero():
         logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
+    step = f"a training step with {training.per_device_train_batch_size} samples at once"
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with telling_of_full_memory(step, training.device, _SMALLER_STEP):
+            trainer.train(resume_from_checkpoint=resume)
     except pickle.UnpicklingError as error:
         if resume is None:
             raise

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _complain(f"There is not enough memory for this. {first_line(error)}")
     except RuntimeError as error:
-        if _NO_MEMORY in str(error):
+        if _NO_MEMORY in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
             return _complain(f"There is not enough memory for this. {first_line(error)}")
         if not str(error).startswith(_NO_PLACE):
             raise

@@ -22,6 +22,7 @@ _PACKAGE = (
     "inference.py",
     "interrupts.py",
     "loading.py",
+    "device_memory.py",
     "fast_tower.py",
     "memory.py",
     "picture_options.py",

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..errors import ConvLlavaError, first_line
-from ..inference import GREEDY, Assistant, prompt_inputs
+from ..device_memory import telling_of_full_memory
+from ..errors import ConvLlavaError
+from ..inference import GREEDY, LESS_MEMORY, Assistant, prompt_inputs
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,9 @@ def answer_batch(
         return [answer_batch(assistant, [one], **options)[0] for one in conversations]
     if room is not None:
         max_new_tokens = min(max_new_tokens, room)
-    try:
+    what = f"{len(conversations)} conversations of {length} tokens beside the model in {assistant.dtype}"
+    with telling_of_full_memory(what, assistant.device, f"Choose a smaller batch. {LESS_MEMORY}"):
         return generate(assistant.model, inputs, max_new_tokens, **sampling)
-    except torch.OutOfMemoryError as error:
-        raise ConvLlavaError(
-            f"The memory of {assistant.device} does not hold {len(conversations)} conversations of {length} tokens "
-            f"beside the model in {assistant.dtype}. Choose a smaller batch. {first_line(error)}"
-        ) from error
 
 
 @torch.inference_mode()

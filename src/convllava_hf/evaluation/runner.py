@@ -22,7 +22,9 @@ from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from ..atomic import check_place, lock_beside
+from ..device_memory import is_out_of_memory, needed_and_free
 from ..errors import ConvLlavaError
+from ..inference import LESS_MEMORY
 from ..modeling.processing_convllava import ConvLlavaProcessor
 from .asking import Asker, Batch, Reply, user_question
 from .benchmarks import Benchmark
@@ -236,11 +238,13 @@ def ask_in_parts(asker: Asker, batch: Batch) -> list[Reply]:
     if batch.inputs is not None:
         try:
             return asker.ask(batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch.samples) == 1:
                 raise ConvLlavaError(
                     f"The memory of {asker.assistant.device} does not hold one sample beside the model in "
-                    f"{asker.assistant.dtype}. Load it in 4 bits (--quantization), or let pictures have fewer pixels."
+                    f"{asker.assistant.dtype}: {needed_and_free(error)}. {LESS_MEMORY}"
                 ) from error
         logger.warning("A batch of %d does not fit into memory; asking in halves.", len(batch.samples))
         if torch.cuda.is_available():
