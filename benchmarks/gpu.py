@@ -25,6 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 JOB_SCRIPTS = HERE / "gpu_jobs"
+TINY_LIMIT = 300  # seconds; a rehearsal is short where the machine is quiet, and libraries take long to import
 STARTED = "CONVLLAVA_GPU_STARTED"  # when the run began, for the process within the bundle's environment
 
 
@@ -68,6 +69,9 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="CASE", help="of each job, only the cases whose names contain one"
     )
+    parser.add_argument(
+        "--limits", nargs="+", default=[], metavar="JOB=SECONDS", help="other time limits than the jobs'"
+    )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder of wheels to make an environment from")
     parser.add_argument("--tiny", action="store_true", help="small shapes and few repeats, also without a GPU")
     arguments = parser.parse_args()
@@ -94,6 +98,7 @@ def run_in_bundle(folder: Path, bundle: Path) -> int:
 
 def run_jobs(arguments: argparse.Namespace, deadline: float, folder: Path) -> int:
     chosen = [job for job in JOBS if not arguments.jobs or job.name in arguments.jobs]
+    limits = {name: float(seconds) for name, _, seconds in (limit.partition("=") for limit in arguments.limits)}
     failed = []
     with (arguments.out / "log.txt").open("w") as log:
         for job in chosen:
@@ -103,7 +108,8 @@ def run_jobs(arguments: argparse.Namespace, deadline: float, folder: Path) -> in
                 failed.append(job.name)
                 continue
             began = time.monotonic()
-            outcome = run_job(job, arguments, min(job.seconds, remaining), folder, log)
+            limit = limits.get(job.name, TINY_LIMIT if arguments.tiny else job.seconds)
+            outcome = run_job(job, arguments, min(limit, remaining), folder, log)
             print(f"{time.monotonic() - began:5.0f} s  {job.name}: {outcome}", flush=True)
             write_summary(arguments.out)
             failed += [job.name] if outcome != "done" else []

@@ -5,10 +5,12 @@ recipes/README.md. Models are built without weights, so it takes seconds and no 
 import logging
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
+from convllava_hf.training.arguments import LORA_TARGETS
 from convllava_hf.training.trainable import set_trainable
 
 
@@ -81,6 +83,28 @@ def state_bytes(model, stage: int, trained: int, frozen: int) -> float:
     return trainable * trained + (sum(part.total for part in parts) - trainable) * frozen
 
 
+def adapter_bytes(text: dict | None = None, bits: int = 16) -> float:
+    """Bytes of weights, gradients and optimizer states with LoRA as the recipes have it.
+
+    What trains is in float32 (in bfloat16, the adapter alone, where the language model is quantized) with AdamW.
+
+    Args:
+        bits: of a weight of the language model's layers; all others have 16.
+    """
+    model = empty_model(text)
+    config = LoraConfig(r=64, target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"])
+    quantized = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if ".layers." in name and name.endswith("_proj.weight")
+    )
+    frozen = sum(weight.numel() for weight in model.parameters())
+    with torch.device("meta"):
+        adapted = get_peft_model(model, config)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    return quantized * bits / 8 + (frozen - quantized) * 2 + trained * (16 if bits == 16 else 8)
+
+
 def cost_table() -> list[str]:
     lines = ["| | stage 1 | stage 2 | stage 3 | all three |", "|---|---:|---:|---:|---:|"]
     for label, text, sides in (("7B", None, (768, 1024, 1536)), ("1.5B", QWEN2_5_1_5B, (768,))):
@@ -108,6 +132,26 @@ def memory_table() -> list[str]:
     return lines
 
 
+def adapter_table() -> list[str]:
+    lines = ["| | LoRA | QLoRA |", "|---|---:|---:|"]
+    for label, text in (("7B", None), ("1.5B", QWEN2_5_1_5B)):
+        cells = [f"{adapter_bytes(text, bits) / 1e9:.1f}" for bits in (16, 4)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    print("\n".join(["TFLOP for a sample / hours of one A100:", *cost_table(), "", "GB:", *memory_table()]))
+    print(
+        "\n".join(
+            [
+                "TFLOP for a sample / hours of one A100:",
+                *cost_table(),
+                "",
+                "GB:",
+                *memory_table(),
+                "",
+                *adapter_table(),
+            ]
+        )
+    )

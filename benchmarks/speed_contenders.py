@@ -122,7 +122,7 @@ def fastvit(spec, device, dtype):
 
 
 def answering(model, prepare: Callable[[Any], dict[str, torch.Tensor]], new_tokens: int) -> Callable:
-    """Of a whole model: `seconds` are those to the first token."""
+    """Of a whole model: `seconds` are those to the first token. What is returned has the model and `prepare`, too."""
 
     def do(task):
         inputs = prepare(task)
@@ -131,6 +131,7 @@ def answering(model, prepare: Callable[[Any], dict[str, torch.Tensor]], new_toke
         later = {"seconds": lambda: taken[-1][0], "tokens_per_second": lambda: taken[-1][1]}
         return lambda: taken.append(answer(model, inputs, 1 + new_tokens)), {**facts, **later}
 
+    do.model, do.prepare = model, prepare
     return do
 
 

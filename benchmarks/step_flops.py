@@ -46,8 +46,9 @@ def training_flops(model: Any, samples: Samples, side: int) -> float:
         model: a ConvLLaVA whose parameters say by `requires_grad` what trains, with or without an adapter of PEFT.
     """
     total, passes = 0.0, False
-    for name, weight in _in_order(model):
-        total += 2.0 * weight.numel() * _positions(name, samples, side) * (1 + weight.requires_grad + passes)
+    for name, weight, multiplies in _in_order(model):
+        if multiplies:
+            total += 2.0 * weight.numel() * _positions(name, samples, side) * (1 + weight.requires_grad + passes)
         passes = passes or weight.requires_grad
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -56,14 +57,17 @@ def training_flops(model: Any, samples: Samples, side: int) -> float:
     return total + 4.0 * samples.squares * width * config.num_hidden_layers * (1 + 2 * passes)
 
 
-def _in_order(model: Any) -> list[tuple[str, Any]]:
-    """Names and weights of all products and convolutions, in the order of the forward pass."""
+def _in_order(model: Any) -> list[tuple[str, Any, bool]]:
+    """Names and weights of modules in the order of the forward pass, and whether they are products or convolutions.
+
+    Norms and embeddings are not, but what follows them passes gradients on to them.
+    """
     import torch
 
     found = [
-        (name, module.weight)
+        (name, module.weight, isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)))
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and ".original_module" not in name
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter) and ".original_module" not in name
     ]
     parts = (".vision_tower.", ".multi_modal_projector", ".language_model.", "lm_head")
     return sorted(found, key=lambda item: next(index for index, part in enumerate(parts) if part in item[0]))

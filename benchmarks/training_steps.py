@@ -203,8 +203,10 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     clock = make_clock()
     trainer = make_trainer(settings, [clock])
     trainer.model.register_forward_pre_hook(clock.see, with_kwargs=True)
-    loss = trainer.train().training_loss
-    _forget_overrides()
+    try:
+        loss = trainer.train().training_loss
+    finally:
+        _forget_overrides()
     if not math.isfinite(loss):
         raise ArithmeticError(f"The loss is {loss}; expected a finite number.")
     seconds = sum(clock.steps) + sum(clock.waits)
@@ -227,6 +229,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         "weights": sum(one.numel() for one in parameters),
         "trains": sum(one.numel() for one in parameters if one.requires_grad),
         "weights_dtype": str(next(iter(trainer.model.parameters())).dtype).removeprefix("torch."),
+        "autocast": trainer.accelerator.mixed_precision,
         "optimizer": trainer.args.optim.value,
         "checkpointing": trainer.args.gradient_checkpointing,
     }

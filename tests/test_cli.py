@@ -265,6 +265,20 @@ def test_quickstart_leaves_other_folders_alone(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_the_quickstart_refuses_a_gpu_that_is_not_there_or_not_used(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr("torch.empty", _no_gpu)
+    message = refusal(capsys, "quickstart", "--device", "cuda", "--output", str(tmp_path / "run"))
+    assert "The device 'cuda' cannot be used: no GPU" in message and not (tmp_path / "run").exists()
+    message = refusal(capsys, "quickstart", "--findings", "--device", "cuda", "--output", str(tmp_path / "run"))
+    assert "--device cuda does not go with --findings" in message
+
+
+def _no_gpu(*args, **kwargs):
+    raise RuntimeError("no GPU")
+
+
 def test_findings_and_the_quickstart_stay_apart(capsys, tmp_path):
     """A folder with a run of the one is refused by the other, with what it holds."""
     pytest.importorskip("trl")
@@ -300,7 +314,7 @@ from convllava_hf import cli
 from convllava_hf.miniature import findings, quickstart
 
 large = {"torch", "transformers.modeling_utils"}
-findings.find_out = quickstart.quickstart = lambda run: sys.exit(str(large & set(sys.modules)))
+findings.find_out = quickstart.quickstart = lambda run, **options: sys.exit(str(large & set(sys.modules)))
 cli.main(["quickstart", *sys.argv[1:]])
 """
 

@@ -109,3 +109,19 @@ def test_kernels_that_overlap_are_busy_once(monkeypatch):
 )
 def test_a_kernel_is_known_by_its_name(name, kind, monkeypatch):
     assert load("profile_training", monkeypatch).kind_of(name) == kind
+
+
+def test_the_quickstart_is_shown_beside_the_cpu_s(monkeypatch):
+    module = load("quickstart", monkeypatch)
+    row = {
+        "name": "seed 0",
+        "finished": False,
+        "wall": 100.0,
+        "seconds": {"vision tower": 31.2, "stage 1": 9.0},
+        "accuracy": {"reading": 0.91},
+    }
+    said = module.tables({"cases": [row]})
+    assert "seed 0: 100 s, cut off when the time was up." in said
+    assert "| vision tower | 31 s | 94 s |" in said and "| stage 2 |  | 226 s |" in said
+    assert "| reading | 91.0% | 91.2% to 93.3% |" in said
+    assert "failed: RuntimeError: no" in module.tables({"cases": [{"name": "seed 0", "failed": "RuntimeError: no"}]})

@@ -152,6 +152,20 @@ def test_the_first_lines_say_hardware_global_batch_and_source(path):
 
 
 @each(RECIPES)
+def test_the_memory_in_the_first_lines_is_what_is_counted(path, cost, models):
+    head = path.read_text("utf-8").split("\n\n")[0]
+    said = float(re.search(r"^# Memory: ([\d.]+) GB .*, counted", head, flags=re.M)[1])
+    _, training, model = parse(path)
+    small = path.parent.name.startswith("convllava-1.5b")
+    if model.use_peft:
+        counted = cost.adapter_bytes(cost.QWEN2_5_1_5B if small else None, bits=4 if model.load_in_4bit else 16)
+    else:
+        trained, frozen = (6, 2) if model.dtype == "bfloat16" else (16, 4)
+        counted = cost.state_bytes(model_of(path, models), stage_of(path), trained, frozen) / (1 if small else 8)
+    assert said == round(counted / 1e9, 1)
+
+
+@each(RECIPES)
 def test_recipes_are_flat_and_short_of_the_line_s_length(path):
     lines = path.read_text("utf-8").splitlines()
     assert max(map(len, lines)) <= 119

@@ -41,7 +41,8 @@ def main() -> int:
 def run_tests(arguments: argparse.Namespace, context: job.Context) -> list[str]:
     """pytest's output, line by line. It is interrupted shortly before the deadline, so that it still sums up."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-v", "-ra", "--tb=short", "--durations=15"]
-    command += ["-n", "2" if arguments.tiny else "4", "--basetemp", str(arguments.folder / "pytest")]
+    workers = 2 if arguments.tiny else min(8, max(2, (os.cpu_count() or 2) // 2))
+    command += ["-n", str(workers), "--dist", "worksteal", "--basetemp", str(arguments.folder / "pytest")]
     command += ["-k", " or ".join(arguments.only)] if arguments.only else []
     environment = os.environ | ({"CONVLLAVA_GPU_REHEARSAL": "1"} if arguments.tiny else {}) | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -38,7 +38,7 @@ class FastViT(nn.Module):
 
 
 def maker(kind: str, side: int, tiny: bool, attention: str = "sdpa") -> Callable[[], nn.Module]:
-    """What builds a tower of this kind; CLIP and SigLIP have a position for each patch of a square of `side` pixels."""
+    """What builds a tower of this kind; CLIP and SigLIP have a position for each patch of `side` x `side` pixels."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
     if kind == "ours":
@@ -57,16 +57,19 @@ def tower(kind: str, way: str, side: int, tiny: bool, device: torch.device) -> n
     """A tower with random weights in bfloat16, run one way of `apply_way`."""
     torch._dynamo.reset()
     module = built(maker(kind, side, tiny), device, DTYPE)
-    apply_way(module, way)
+    apply_way(module, way, "aot_eager" if tiny and device.type == "cpu" else "inductor")
     return module
 
 
-def apply_way(module: nn.Module, way: str) -> None:
+def apply_way(module: nn.Module, way: str, backend: str = "inductor") -> None:
     """Changes a tower of ours in place.
 
     The ways of `fast_tower.TOWERS` are the package's own. Those of this script compile the blocks one by one, all
-    those of a stage from one compilation ("blocks compiled"), with sizes left open ("blocks dynamic"); or the package's
-    parts with other options of torch.compile ("stages dynamic", "stages autotuned").
+    those of a stage from one compilation ("blocks compiled"), with sizes left open ("blocks dynamic"); or the
+    package's parts with other options of torch.compile ("stages dynamic", "stages autotuned").
+
+    Args:
+        backend: of this script's own compilations; inductor's of a CPU take too long for a rehearsal.
     """
     # The stages share one function, so torch's limit of 8 compilations is reached at the second size of image, and
     # what is beyond it runs eagerly, which nobody could tell from the figures.
@@ -80,14 +83,14 @@ def apply_way(module: nn.Module, way: str) -> None:
     if way in ("blocks compiled", "blocks dynamic"):
         for stage in module.encoder.stages:
             for layer in stage.layers:
-                layer.compile(dynamic=way == "blocks dynamic")
+                layer.compile(dynamic=way == "blocks dynamic", backend=backend)
         return
     options = {
         "stages dynamic": {"dynamic": True},
         "stages autotuned": {"dynamic": False, "mode": "max-autotune-no-cudagraphs"},
     }[way]
     for part in (module.embeddings, *module.encoder.stages):
-        part.compile(**options)
+        part.compile(**options, backend=backend)
 
 
 def images(size: Size, batch: int, device: torch.device) -> torch.Tensor:

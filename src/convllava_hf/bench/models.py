@@ -85,11 +85,15 @@ def built(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtyp
 
 
 class _NothingDrawn(TorchDispatchMode):
-    """Skips what draws the initial weights."""
+    """Sets to zero what would be drawn as initial weights.
+
+    Left as it is, it would be whatever the memory holds, and torch's `trunc_normal_` draws until all values lie within
+    its bounds, so it might never end.
+    """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation._opname in ("normal_", "uniform_", "erfinv_"):
-            return args[0]
+            return args[0].zero_()
         return operation(*args, **(kwargs or {}))
 
 

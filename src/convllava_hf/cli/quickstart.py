@@ -29,6 +29,11 @@ def register(subparsers) -> None:
         "--seed", type=seed, default=0, metavar="N", help="of weights, scenes and questions (default: %(default)s)"
     )
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="that trains and answers (default: cuda where there is one, else cpu; --findings always takes the cpu)",
+    )
+    parser.add_argument(
         "--findings",
         action="store_true",
         help="try out what the paper found about towers and resolutions instead: five ways to train, with this seed "
@@ -43,16 +48,22 @@ def run(args: argparse.Namespace) -> int:
         raise ConvLlavaError("The quickstart needs scikit-learn: pip install 'convllava-hf[quickstart]'")
     if args.output is not None:
         check_place(args.output, "--output")
+    if args.findings and args.device == "cuda":
+        raise ConvLlavaError("--device cuda does not go with --findings, which is for a CPU: leave one of them out.")
     return _find_out(args.output or Path("findings"), args.seed) if args.findings else _quickstart(args)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
     from ..miniature.quickstart import open_run, quickstart
 
+    if args.device == "cuda":  # refused before a folder is made
+        from ..loading import choose_device
+
+        choose_device(args.device)
     output = args.output or Path("quickstart")
     training = open_run(output, seed=args.seed)
     _announce("A ConvLLaVA in miniature, from nothing", output)
-    results = quickstart(training)
+    results = quickstart(training, device=args.device)
 
     from ..miniature.report import format_table, write_report
 

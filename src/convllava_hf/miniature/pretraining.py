@@ -29,7 +29,13 @@ OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
 def train_tower(
-    folder: Path, *, steps: int, seed: int, sizes: tuple[int, int] | None = None, on_step: OnStep | None = None
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    sizes: tuple[int, int] | None = None,
+    on_step: OnStep | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Trains a four-stage ConvNeXt to say what is at every place of pictures of 128 x 128 pixels, and saves it.
 
@@ -40,6 +46,7 @@ def train_tower(
     Args:
         folder: a transformers folder to make.
         sizes: of what is in the pictures, in pixels, smallest and largest; default: `labelled_pictures.SIZES`.
+        device: that computes, `cpu` or `cuda`.
     """
     torch.manual_seed(seed)
     config = ConvNextConfig(
@@ -49,24 +56,26 @@ def train_tower(
         initializer_range=0.1,
         layer_scale_init_value=1.0,
     )
-    tower = ConvNextModel(config).to(memory_format=torch.channels_last)
+    tower = ConvNextModel(config).to(device, memory_format=torch.channels_last)
     head = nn.Sequential(nn.LayerNorm(config.hidden_sizes[-1]), nn.Linear(config.hidden_sizes[-1], len(NAMES) + 4))
+    head.to(device)
     rng = np.random.default_rng([seed, 100])
     weights = torch.ones(len(NAMES))
     weights[NAMES.index("ground")] = 0.1  # most places are
+    weights = weights.to(device)
 
     def loss() -> torch.Tensor:
         batch = [labelled_picture(rng, sizes or SIZES) for _ in range(_TOWER_BATCH)]
-        pictures, names, edges = map(np.stack, zip(*batch, strict=True))
-        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures, names, edges = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*batch, strict=True))
+        pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
         features = tower(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
         said = head(features.float().permute(0, 2, 3, 1)).flatten(0, 2)  # (N, C, H, W) -> (N*H*W, names and 4 edges)
-        targets = torch.from_numpy(names).flatten()
+        targets = names.flatten()
         there = targets != NAMES.index("ground")
-        reach = F.smooth_l1_loss(said[there, len(NAMES) :], torch.from_numpy(edges).flatten(0, 2)[there])
+        reach = F.smooth_l1_loss(said[there, len(NAMES) :], edges.flatten(0, 2)[there])
         return F.cross_entropy(said[:, : len(NAMES)], targets, weight=weights) + reach
 
-    _fit(nn.ModuleList([tower, head]), loss, steps, (_TOWER_RATE, 5e-3), on_step)
+    _fit(nn.ModuleList([tower, head]), loss, steps, (_TOWER_RATE, 5e-3), on_step, device)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         tower.save_pretrained(new)
     return folder
@@ -80,6 +89,7 @@ def train_language_model(
     world: World | None = None,
     boxes: bool = True,
     on_step: OnStep | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.
 
@@ -90,6 +100,7 @@ def train_language_model(
     Args:
         folder: a transformers folder to make.
         boxes: whether it is told and asked where things are.
+        device: that computes, `cpu` or `cuda`.
     """
     torch.manual_seed(seed)
     world = world or World()
@@ -113,9 +124,15 @@ def train_language_model(
     edge_layer = nn.Linear(EDGES, config.hidden_size, bias=False)
     nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING)
     nn.init.normal_(edge_layer.weight, std=_EMBEDDING / math.sqrt(EDGES / 2))  # as long as embeddings are
+    model.to(device)
+    edge_layer.to(device)
     batches = text_batches(tokenizer, world, seed, boxes=boxes)
-    loss = lambda: weighted_loss(model, edge_layer, next(batches))  # noqa: E731
-    _fit(nn.ModuleList([model, edge_layer]), loss, steps, (_LANGUAGE_RATE, 2e-3), on_step)
+
+    def loss() -> torch.Tensor:
+        batch = {name: values.to(device) for name, values in next(batches).items()}
+        return weighted_loss(model, edge_layer, batch)
+
+    _fit(nn.ModuleList([model, edge_layer]), loss, steps, (_LANGUAGE_RATE, 2e-3), on_step, device)
     with new_checkpoint_folder(folder, overwrite=True) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -123,7 +140,12 @@ def train_language_model(
 
 
 def _fit(
-    model: nn.Module, loss_of_step: Callable, steps: int, rates: tuple[float, float], on_step: OnStep | None
+    model: nn.Module,
+    loss_of_step: Callable,
+    steps: int,
+    rates: tuple[float, float],
+    on_step: OnStep | None,
+    device: str,
 ) -> None:
     """Trains with warm-up and cosine decay, in bfloat16 where it saves time.
 
@@ -140,7 +162,7 @@ def _fit(
         for optimizer in optimizers
     ]
     for step in range(1, steps + 1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = loss_of_step()
         model.zero_grad()
         loss.backward()

@@ -72,23 +72,27 @@ def open_run(folder: str | Path, *, seed: int = 0, plan: Plan | None = None) -> 
     return Run(Path(folder), {"seed": seed, **asdict(plan or Plan())})
 
 
-def quickstart(run: Run) -> dict[str, Any]:
+def quickstart(run: Run, device: str | None = "cpu") -> dict[str, Any]:
     """Makes, trains and judges a miniature ConvLLaVA, as far as the run has not come yet.
+
+    Args:
+        device: that computes, `cpu` or `cuda`; `None` is `cuda` where there is one. The CPU draws the scenes anyway.
 
     Returns:
         What is in `results.json`.
     """
     settings = dict(run.record["settings"])
     seed, plan = settings.pop("seed"), Plan(**settings)
+    device = device or _best_device()
     with logs_to(run.folder / "quickstart.log"), run.clock("total"):
-        prepare(run, seed, plan)
+        prepare(run, seed, plan, device)
         if not run.is_done("assemble"):
             with run.step("assemble"):
                 assemble_model(run.folder / "assembled", stage0=run.folder / "stage0", seed=seed)
-        train_stage(run, 1, start=run.folder / "assembled", output=run.folder / "stage1", seed=seed)
-        train_stage(run, 2, start=run.folder / "stage1", output=run.folder / "stage2", seed=seed)
-        train_stage(run, 3, start=run.folder / "stage2", output=run.folder / "model", seed=seed)
-        judge(run, run.folder / "model", seed=seed, scenes=plan.test_scenes)
+        folders = [run.folder / name for name in ("assembled", "stage1", "stage2", "model")]
+        for stage in (1, 2, 3):
+            train_stage(run, stage, start=folders[stage - 1], output=folders[stage], seed=seed, device=device)
+        judge(run, run.folder / "model", seed=seed, scenes=plan.test_scenes, device=device)
     results = {
         "seed": seed,
         "scenes": plan.test_scenes,
@@ -96,16 +100,22 @@ def quickstart(run: Run) -> dict[str, Any]:
         "seconds": run.record["seconds"],
         "losses": run.record["losses"],
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(device),
     }
     write_json(run.folder / "results.json", results)
     return results
 
 
-def prepare(run: Run, seed: int, plan: Plan) -> None:
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare(run: Run, seed: int, plan: Plan, device: str = "cpu") -> None:
     """Stage 0 and the training data, none of which needs the others, at the same time."""
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
-    jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps)
+    jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps, device=device)
     jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), MIXES)
     run_in_lines(run, jobs, TITLES)
 
@@ -118,17 +128,21 @@ def stage0_jobs(
     world: World | None = None,
     tower_sizes: tuple[int, int] | None = None,
     boxes: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Callable[[Emit], None]]:
     """What trains the stand-ins for CLIP's tower and for Vicuna, each on one core.
 
     Args:
         boxes: whether the language model is told and asked of boxes.
         tower_sizes: pixels of what is in the tower's pictures; default: `labelled_pictures.SIZES`.
+        device: that computes, `cpu` or `cuda`.
     """
     return {
-        "vision tower": functools.partial(_train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes),
+        "vision tower": functools.partial(
+            _train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes, device
+        ),
         "language model": functools.partial(
-            _train_language_model, folder / "language_model", language_steps, seed, world or World(), boxes
+            _train_language_model, folder / "language_model", language_steps, seed, world or World(), boxes, device
         ),
     }
 
@@ -183,18 +197,26 @@ def assemble_model(
     )
 
 
-def train_stage(run: Run, stage: int, *, start: Path, output: Path, seed: int) -> None:
+def train_stage(run: Run, stage: int, *, start: Path, output: Path, seed: int, device: str = "cpu") -> None:
     """A step of a run that is one of the paper's stages."""
     name = f"stage {stage}"
     if run.is_done(name):
         return
     with run.step(name), Line(TITLES[name]) as line:
         data = run.folder / "data" / f"stage{stage}"
-        run.set_losses(name, train_by_recipe(stage, start, output, data, seed, on_step=line.update))
+        losses = train_by_recipe(stage, start, output, data, seed, on_step=line.update, device=device)
+        run.set_losses(name, losses)
 
 
 def train_by_recipe(
-    stage: int, start: Path, output: Path, data: Path, seed: int, on_step: OnStep, options: Sequence[str] = ()
+    stage: int,
+    start: Path,
+    output: Path,
+    data: Path,
+    seed: int,
+    on_step: OnStep,
+    options: Sequence[str] = (),
+    device: str = "cpu",
 ) -> list[list[float]]:
     """Runs one of the recipes in `recipes/miniature`, as `convllava train` does, or goes on with it.
 
@@ -202,6 +224,7 @@ def train_by_recipe(
         start, output: checkpoints before and after.
         on_step: called with the steps done, all steps and, now and then, the loss.
         options: more of the command line, over the recipe.
+        device: `cpu`, which the recipes are for, or `cuda`.
 
     Returns:
         `[step, loss]`, all that was logged.
@@ -213,13 +236,15 @@ def train_by_recipe(
     with resources.as_file(recipe) as path:
         arguments = ["--config", path, "--model_name_or_path", start, "--output_dir", output, "--dataset_name", data]
         arguments += ["--seed", seed, "--disable_tqdm", "true", "--resume_from_checkpoint", "true", *options]
+        if device != "cpu":  # whose cores workers would take from the model
+            arguments += ["--use_cpu", "false", "--dataloader_num_workers", min(8, (os.cpu_count() or 2) // 2)]
         trainer = main([str(argument) for argument in arguments], callbacks=[TellTraining(on_step)])
     for checkpoint in output.glob("checkpoint-*"):  # only to go on from
         shutil.rmtree(checkpoint)
     return [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
 
 
-def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
+def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int, device: str = "cpu") -> None:
     """Loads a checkpoint as anyone would, and asks it about scenes that it has not seen."""
     if run.is_done("evaluation"):
         return
@@ -231,8 +256,8 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int) -> None:
 
     with run.step("evaluation"), Line(TITLES["evaluation"], unit="question") as line:
         processor = load_processor(checkpoint)
-        dtype = choose_dtype(torch.device("cpu"))
-        model = ConvLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
+        dtype = choose_dtype(torch.device(device))
+        model = ConvLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
         answered = ask_about_scenes(
             model, processor, World(), scenes=scenes, seed=seed, side=SIDE, on_step=line.update
         )
@@ -248,8 +273,12 @@ def count_tokens(processor) -> int:
     return processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0]
 
 
-def machine() -> str:
-    """What the figures were measured on: the processor's name and the number of cores."""
+def machine(device: str = "cpu") -> str:
+    """What the figures were measured on: the processor's name and the number of cores, and before it the GPU's."""
+    if device != "cpu":
+        import torch
+
+        return f"{torch.cuda.get_device_name(device)}; {machine()}"
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -288,19 +317,21 @@ def draw_data(
         done += size
 
 
-def _train_tower(folder: Path, steps: int, seed: int, sizes: tuple[int, int] | None, emit: Emit) -> None:
+def _train_tower(folder: Path, steps: int, seed: int, sizes: tuple[int, int] | None, device: str, emit: Emit) -> None:
     one_thread()
     from .pretraining import train_tower
 
-    train_tower(folder, steps=steps, seed=seed, sizes=sizes, on_step=lambda *event: emit(event))
+    train_tower(folder, steps=steps, seed=seed, sizes=sizes, on_step=lambda *event: emit(event), device=device)
 
 
-def _train_language_model(folder: Path, steps: int, seed: int, world: World, boxes: bool, emit: Emit) -> None:
+def _train_language_model(
+    folder: Path, steps: int, seed: int, world: World, boxes: bool, device: str, emit: Emit
+) -> None:
     one_thread()
     from .pretraining import train_language_model
 
     on_step = lambda *event: emit(event)  # noqa: E731
-    train_language_model(folder, steps=steps, seed=seed, world=world, boxes=boxes, on_step=on_step)
+    train_language_model(folder, steps=steps, seed=seed, world=world, boxes=boxes, on_step=on_step, device=device)
 
 
 def one_thread() -> None:
