@@ -2,7 +2,7 @@
 
     python benchmarks/eval_overhead.py
 
-Both open the same pictures (JPEG, 1024 x 768, in a parquet file), make the same batches and generate the same answers;
+Both open the same images (JPEG, 1024 x 768, in a parquet file), make the same batches and generate the same answers;
 the bare loop does nothing else; `convllava eval` reads the data set, plans, judges every answer, writes it down and
 makes the record as well. They take turns, and in every second round `convllava eval` comes first, so that what else
 the machine does meets both alike. Loading the model is counted in neither. Exits with 1 if the overhead, in the median
@@ -77,18 +77,18 @@ def make_data(folder: Path, samples: int) -> Path:
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    pictures = []
+    images = []
     for _ in range(16):
         coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((1024, 768))
         noise = rng.integers(-12, 12, (768, 1024, 3))
         buffer = io.BytesIO()
         Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        pictures.append({"bytes": buffer.getvalue(), "path": None})
+        images.append({"bytes": buffer.getvalue(), "path": None})
     rows = [
         {
             "question": f"what is written {'and shown ' * int(rng.integers(12))}on sign number {number}?",
             "answers": ["sign"] * 10,
-            "image": pictures[number % len(pictures)],
+            "image": images[number % len(images)],
         }
         for number in range(samples)
     ]
@@ -99,9 +99,9 @@ def make_data(folder: Path, samples: int) -> Path:
 def measure(source: str, data: Path, folder: Path, arguments: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
     """Seconds of each round, by the clock and of the CPUs."""
     from convllava_hf.evaluation.benchmarks import BENCHMARKS
-    from convllava_hf.evaluation.journal import read_rows
+    from convllava_hf.evaluation.prediction_log import read_rows
+    from convllava_hf.evaluation.run_settings import Model, Settings
     from convllava_hf.evaluation.runner import evaluate
-    from convllava_hf.evaluation.runs import Model, Settings
     from convllava_hf.inference import load
 
     assistant = load(source)
@@ -132,7 +132,7 @@ def bare(assistant, benchmark, data: Path, settings) -> dict[str, str]:
     """Generation in batches and nothing else: the batches are made before the clock runs, for they cost eval alone."""
     import torch
 
-    from convllava_hf.evaluation.asking import Asker
+    from convllava_hf.evaluation.predictor import Predictor
     from convllava_hf.evaluation.runner import make_batches
     from convllava_hf.evaluation.sources import open_source, plan_samples
     from convllava_hf.inference import prompt_inputs
@@ -140,15 +140,15 @@ def bare(assistant, benchmark, data: Path, settings) -> dict[str, str]:
     if not _PLANNED:
         source = open_source(benchmark, data)
         samples = list(plan_samples(source, benchmark.prompt).samples.values())
-        lengths = Asker(assistant, source, 1).lengths(samples)
+        lengths = Predictor(assistant, source, 1).lengths(samples)
         _PLANNED.append((source, make_batches(samples, lengths, settings.batch_size, apart=False)))
     source, batches = _PLANNED[0]
     processor, answers = assistant.processor, {}
     for batch in batches:
         conversations = []
         for sample in batch:
-            picture = processor.image_processor.fetch_images(source.pictures[sample.row]["image"])
-            content = [{"type": "image", "image": picture}, {"type": "text", "text": sample.prompt}]
+            image = processor.image_processor.fetch_images(source.images[sample.row]["image"])
+            content = [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]
             conversations.append([{"role": "user", "content": content}])
         inputs = prompt_inputs(processor, conversations).to(assistant.device, assistant.dtype)
         with torch.inference_mode():

@@ -5,10 +5,10 @@
 
 MODEL is a folder with a checkpoint; handler.py is put beside a copy of it. A process of its own loads it the way the
 inference toolkit does and answers HTTP on loopback, one thread a connection. Each round sends the requests anew, from
-several clients at once: photographs, several pictures, chats, long pictures, and every fifth request is bad. Prints a
+several clients at once: photographs, several images, chats, long images, and every fifth request is bad. Prints a
 Markdown table of the rounds; the first one is warm-up. Ends with status 1 if a request was not answered as it should
 be, or if memory after the last round is more than `--growth` MiB above that after the warm-up. The server has
-MALLOC_MMAP_THRESHOLD_=65536, so that pictures and tensors leave no gaps in the heap: glibc's own choice (set the
+MALLOC_MMAP_THRESHOLD_=65536, so that images and tensors leave no gaps in the heap: glibc's own choice (set the
 variable to 0 for it) keeps and gives back tens of MiB by chance, which would hide a small leak.
 """
 
@@ -125,7 +125,7 @@ def make_requests(number: int, max_new_tokens: int) -> list[tuple[dict, int | No
         ({"image": "http://127.0.0.1/", "question": QUESTION}, 403),
         ({"image": photo(0)[: 4 * 500], "question": QUESTION}, 415),
         ({"image": gigantic(), "question": QUESTION}, 413),
-        ({"image": base64.b64encode(b"no picture, but a text").decode(), "question": QUESTION}, 415),
+        ({"image": base64.b64encode(b"no image, but a text").decode(), "question": QUESTION}, 415),
         ({"question": QUESTION}, 400),
         ([{"role": "user", "content": "word"}] * 300, 413),
     ]

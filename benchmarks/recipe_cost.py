@@ -16,7 +16,7 @@ from convllava_hf.training.trainable import set_trainable
 
 TEXT_TOKENS = 300  # of a sample: an assumption
 SAMPLES = {1: 2.0e6, 2: 2.9e6, 3: 0.665e6}  # arXiv 2405.15738, table 15
-PEAK, UTILISATION = 312e12, 0.4  # an A100's dense bfloat16 rate; the share of it is an assumption
+PEAK, UTILIZATION = 312e12, 0.4  # an A100's dense bfloat16 rate; the share of it is an assumption
 TRAINABLE = {
     1: ["projector", "vision_tower.stages.4"],
     2: ["projector", "vision_tower.stages.[2-4]", "language_model", "lm_head"],
@@ -42,7 +42,7 @@ def empty_model(text: dict | None = None) -> ConvLlavaForConditionalGeneration:
 
 
 def forward_flops(model, side: int) -> dict[str, float]:
-    """Operations of one forward pass over one picture and its text, by part of the model."""
+    """Operations of one forward pass over one image and its text, by part of the model."""
     core = model.model
     tokens = (side // core.vision_tower.stride) ** 2
     positions = torch.zeros(1, tokens + TEXT_TOKENS, model.config.text_config.hidden_size, device="meta")
@@ -112,7 +112,7 @@ def cost_table() -> list[str]:
         for side in sides:
             forward = forward_flops(model, side)
             each = {stage: training_flops(forward, stage) for stage in SAMPLES}
-            hours = {stage: each[stage] * SAMPLES[stage] / (PEAK * UTILISATION) / 3600 for stage in SAMPLES}
+            hours = {stage: each[stage] * SAMPLES[stage] / (PEAK * UTILIZATION) / 3600 for stage in SAMPLES}
             cells = [f"{each[stage] / 1e12:.1f} / {hours[stage]:.0f} h" for stage in SAMPLES]
             lines.append(f"| {label}, {side} px | {' | '.join(cells)} | {sum(hours.values()):.0f} h |")
     return lines

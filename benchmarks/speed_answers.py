@@ -12,7 +12,7 @@ import sys
 
 from speed_contest import chosen, common, contest, note, of_sizes, options, publish
 
-from convllava_hf.bench.report import gib, seconds, table
+from convllava_hf.profiling.tables import gib, seconds, table
 
 
 PAGE = [1536, 1088]
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def plot(rows: list[dict], path) -> None:
-    """Bars of the seconds to the first token, the quickest on top; ours in a colour of their own."""
+    """Bars of the seconds to the first token, the quickest on top; ours in a color of their own."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""What later turns of a chat gain by what earlier ones left: with `Assistant.remembering()` and without, in turns.
+"""What later turns of a chat gain from earlier ones: with `Assistant.with_prompt_cache()` and without, in turns.
 
     python benchmarks/speed_chat.py
 
-Three questions about one picture at 768 and 1536 pixels, to the paper's tower and a language model of the shape of
+Three questions about one image at 768 and 1536 pixels, to the paper's tower and a language model of the shape of
 Qwen2.5's 0.5B, random weights. Answers are the same; the time to the first token is what differs. Writes
 benchmarks/results/speed/chat.md and .json.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from speed_contest import note, options, publish
 
-from convllava_hf.bench.report import seconds, table
+from convllava_hf.profiling.tables import seconds, table
 
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-QUESTIONS = ("What is on the sign?", "And what stands below it?", "Which colour has it?")
+QUESTIONS = ("What is on the sign?", "And what stands below it?", "Which color has it?")
 
 
 def main() -> int:
@@ -51,11 +51,11 @@ def main() -> int:
 def make_assistant(arguments):
     """A model of random weights with the golden checkpoint's tokenizer."""
     from convllava_hf import ConvLlavaProcessor
-    from convllava_hf.bench.models import random_model
     from convllava_hf.convert import convert_checkpoint
-    from convllava_hf.fast_tower import choose_tower, speed_up
     from convllava_hf.inference import Assistant
     from convllava_hf.loading import choose_device, choose_dtype
+    from convllava_hf.profiling.models import random_model
+    from convllava_hf.vision_backends import choose_vision_backend, optimize_vision_tower
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(device, arguments.dtype)
@@ -64,21 +64,21 @@ def make_assistant(arguments):
         processor = ConvLlavaProcessor.from_pretrained(Path(folder) / "golden")
     model = random_model("tiny" if arguments.tiny else arguments.text, device, dtype)
     model.config.image_token_id = model.model.config.image_token_id = processor.image_token_id
-    speed_up(model.vision_tower, choose_tower(device, dtype))
+    optimize_vision_tower(model.vision_tower, choose_vision_backend(device, dtype))
     return Assistant(model, processor)
 
 
 def converse(assistant, side: int) -> list[list[tuple[float, int, int]]]:
     """Without memory and with it, for each turn: seconds to the first token, tokens reused, tokens of the prompt."""
-    from convllava_hf.bench.preparing import jpeg, open_jpeg
     from convllava_hf.inference import assistant_turn, user_turn
+    from convllava_hf.profiling.preprocessing import jpeg, open_jpeg
 
-    picture = open_jpeg(jpeg(1024, 768))
-    kinds = [assistant, assistant.remembering()]
+    image = open_jpeg(jpeg(1024, 768))
+    kinds = [assistant, assistant.with_prompt_cache()]
     found = [[], []]
     messages = []
     for number, question in enumerate(QUESTIONS):
-        messages.append(user_turn(question, [picture] if number == 0 else []))
+        messages.append(user_turn(question, [image] if number == 0 else []))
         for kind, one in enumerate(kinds):
             answer = one.answer(messages, max_new_tokens=2, images_kwargs={"size": side})
             found[kind].append((answer.first_token_seconds, answer.reused_tokens, answer.prompt_tokens))

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from convllava_hf.bench.answers import QUESTION_TOKENS, answer, prompt
-from convllava_hf.bench.measuring import operations
-from convllava_hf.bench.models import built, random_model, text_config, tower_config
-from convllava_hf.fast_tower import speed_up
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
+from convllava_hf.profiling.generation import QUESTION_TOKENS, answer, prompt
+from convllava_hf.profiling.measuring import operations
+from convllava_hf.profiling.models import built, random_model, text_config, tower_config
+from convllava_hf.vision_backends import optimize_vision_tower
 
 
 IMAGE = 3  # the placeholder's id in every model here
@@ -46,7 +46,7 @@ def module_task(module, make, device, dtype, tokens) -> Callable:
 def ours_tower(spec, device, dtype):
     config = tower_config(spec["tiny"])
     tower = built(lambda: ConvLlavaVisionTower(config), device, dtype)
-    speed_up(tower, spec.get("tower", "eager"))
+    optimize_vision_tower(tower, spec.get("tower", "eager"))
 
     def tokens(task):
         return task.get("batch", 1) * (task["size"][0] // 64) * (task["size"][1] // 64)
@@ -144,7 +144,7 @@ def ids(tokens: int, device) -> dict[str, torch.Tensor]:
 
 def ours(spec, device, dtype):
     model = random_model(spec["text"], device, dtype)
-    speed_up(model.vision_tower, spec.get("tower", "eager"))
+    optimize_vision_tower(model.vision_tower, spec.get("tower", "eager"))
 
     def prepare(task):
         height, width = task["size"]

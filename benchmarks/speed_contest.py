@@ -94,9 +94,9 @@ def contender(spec: dict[str, Any]) -> int:
     import torch
     from speed_contenders import KINDS
 
-    from convllava_hf.bench.machine import product
-    from convllava_hf.bench.measuring import clocked, peak, reset_peak, resident
     from convllava_hf.loading import choose_device, choose_dtype
+    from convllava_hf.profiling.machine import product
+    from convllava_hf.profiling.measuring import clocked, peak, reset_peak, resident
 
     device = choose_device(spec.get("device"))
     dtype = choose_dtype(device, spec.get("dtype"))
@@ -130,8 +130,8 @@ def options(description: str, rounds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="of which medians are taken (%(default)s)")
     parser.add_argument("--contenders", nargs="+", help="only these, by name")
-    parser.add_argument("--sizes", nargs="+", metavar="HEIGHTxWIDTH", help="only these of the pictures' sizes")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and pictures: tries the script out, no more")
+    parser.add_argument("--sizes", nargs="+", metavar="HEIGHTxWIDTH", help="only these of the images' sizes")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and images: tries the script out, no more")
     parser.add_argument("--device", help="cpu, cuda (default: the best there is)")
     parser.add_argument("--dtype", help="default: bfloat16 where the device has it")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder (%(default)s)")
@@ -159,9 +159,9 @@ def common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def publish(name: str, heading: str, rows: Any, tables: Sequence[str], arguments: argparse.Namespace) -> None:
     """Write `name`.md and `name`.json, and print the Markdown."""
-    from convllava_hf.bench.machine import copy_bandwidth, describe, in_words, matrix_rate
-    from convllava_hf.bench.report import write, write_json
     from convllava_hf.loading import choose_device, choose_dtype
+    from convllava_hf.profiling.machine import copy_bandwidth, describe, in_words, matrix_rate
+    from convllava_hf.profiling.tables import write, write_json
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(device, arguments.dtype)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 from speed_contest import chosen, common, contest, note, options, publish
 
-from convllava_hf.bench.report import gib, seconds, table
+from convllava_hf.profiling.tables import gib, seconds, table
 
 
 SPECS = [
@@ -51,7 +51,7 @@ def main() -> int:
         line = np.polyfit([row["task"]["batch"] for row in batches], [row["seconds"] for row in batches], 1)
         tables.append(
             f"A batch of ours at {batch_side} x {batch_side} takes {seconds(line[1])} and {seconds(line[0])} "
-            f"a picture (a line through batches of {', '.join(str(row['task']['batch']) for row in batches)})."
+            f"an image (a line through batches of {', '.join(str(row['task']['batch']) for row in batches)})."
         )
     arguments.results.mkdir(parents=True, exist_ok=True)
     plot(single, batches, fits, arguments.results / "growth.png")
@@ -111,12 +111,12 @@ def plot(single: list[dict], batches: list[dict], fits: list[dict], path) -> Non
         label = f"{found['name']}: pixels^{found['power']:.2f}"
         time_axis.plot(megapixels, [row["seconds"] for row in rows], "o-", label=label)
         memory_axis.plot(megapixels, [row["beyond"] / 2**20 for row in rows], "o-")
-    time_axis.set(xlabel="megapixels", ylabel="seconds", title="Time of a tower, one picture")
+    time_axis.set(xlabel="megapixels", ylabel="seconds", title="Time of a tower, one image")
     memory_axis.set(xlabel="megapixels", ylabel="MiB", title="Memory beyond the weights")
     if batches:
         batch_axis.plot([row["task"]["batch"] for row in batches], [row["seconds"] for row in batches], "o-")
         batch_axis.set(ylim=(0, None))
-    batch_axis.set(xlabel="pictures in a batch", ylabel="seconds", title="Ours, by batch size")
+    batch_axis.set(xlabel="images in a batch", ylabel="seconds", title="Ours, by batch size")
     for axis in (time_axis, memory_axis):
         axis.set(xlim=(0, None), ylim=(0, None))
     time_axis.legend()

@@ -1,4 +1,4 @@
-"""Preprocessing: pictures a second from JPEG to tensor, in turns.
+"""Preprocessing: images a second from JPEG to tensor, in turns.
 
     python benchmarks/speed_preparing.py
 
@@ -13,8 +13,8 @@ import time
 
 from speed_contest import options, publish
 
-from convllava_hf.bench.preparing import jpeg, open_jpeg
-from convllava_hf.bench.report import seconds, table
+from convllava_hf.profiling.preprocessing import jpeg, open_jpeg
+from convllava_hf.profiling.tables import seconds, table
 
 
 FILES = {"photo": (1600, 1200), "page": (1754, 2480)}
@@ -47,7 +47,7 @@ def main() -> int:
         ("JPEG", lambda row: "{} of {} x {}".format(row["file"], *row["size"])),
         ("threads", lambda row: str(row["threads"])),
         ("time", lambda row: seconds(row["seconds"])),
-        ("pictures/s", lambda row: f"{1 / row['seconds']:.1f}"),
+        ("images/s", lambda row: f"{1 / row['seconds']:.1f}"),
     ]
     publish("preparing", "Preprocessing", rows, [table(rows, columns)], arguments)
     return 0
@@ -61,19 +61,19 @@ def ours(side: int):
 
 
 def original(side: int):
-    """Padded to a square of the mean colour, then CLIP's processor on PIL and NumPy, one picture at a time."""
+    """Padded to a square of the mean color, then CLIP's processor on PIL and NumPy, one image at a time."""
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     size = {"shortest_edge": side}
     processor = CLIPImageProcessorPil(size=size, crop_size={"height": side, "width": side})
-    colour = tuple(int(255 * channel) for channel in processor.image_mean)
+    color = tuple(int(255 * channel) for channel in processor.image_mean)
 
     def prepare(data: bytes):
-        picture = open_jpeg(data).convert("RGB")
-        longest = max(picture.size)
-        square = Image.new("RGB", (longest, longest), colour)
-        square.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+        image = open_jpeg(data).convert("RGB")
+        longest = max(image.size)
+        square = Image.new("RGB", (longest, longest), color)
+        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
         return processor(square, return_tensors="pt")
 
     return prepare
@@ -87,7 +87,7 @@ def clip_fast(side: int):
 
 
 def llava_next_fast(side: int):
-    """Tiles of 336 on a grid that covers a square of this side, the whole picture beside them."""
+    """Tiles of 336 on a grid that covers a square of this side, the whole image beside them."""
     from transformers import LlavaNextImageProcessor
 
     tiles = -(-side // 336) * 336
@@ -96,7 +96,7 @@ def llava_next_fast(side: int):
 
 
 def qwen2_vl_fast(side: int):
-    """As many pixels as the square has, in the picture's own aspect ratio."""
+    """As many pixels as the square has, in the image's own aspect ratio."""
     from transformers import Qwen2VLImageProcessor
 
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": side * side})

@@ -5,8 +5,8 @@
 
 Each way of loading has a process of its own, and they take turns. Without --model, a checkpoint of random weights is
 written to a temporary folder: a small tower, which stays as it is anyway, and a language model of the shape of
-Qwen2.5's 0.5B. Logits are compared with those of the checkpoint as it is, at all positions of one prompt with a
-picture: relative change, and how often the likeliest token stays the same. Of random weights the change is that of
+Qwen2.5's 0.5B. Logits are compared with those of the checkpoint as it is, at all positions of one prompt with an
+image: relative change, and how often the likeliest token stays the same. Of random weights the change is that of
 the rounding alone; tokens are nearly as likely as one another there, so that those of a trained model stay the same
 more often. Peak memory is the process's: on a CPU it holds what the weights were read from, too, until other programs
 want that memory. Writes benchmarks/results/speed/quantization.md and .json.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from speed_contest import chosen, common, contest, note, options, publish
 
-from convllava_hf.bench.report import gib, percent, seconds, table
+from convllava_hf.profiling.tables import gib, percent, seconds, table
 
 
 SPECS = [
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, arguments) -> Path:
     import torch
 
     from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration
-    from convllava_hf.bench.models import built, text_config, tower_config
+    from convllava_hf.profiling.models import built, text_config, tower_config
 
     text = "tiny" if arguments.tiny else arguments.text
     config = ConvLlavaConfig(vision_config=tower_config(tiny=True), text_config=text_config(text), image_token_id=3)

@@ -11,7 +11,7 @@ import sys
 
 from speed_contest import chosen, common, contest, of_sizes, options, publish
 
-from convllava_hf.bench.report import gib, percent, seconds, table
+from convllava_hf.profiling.tables import gib, percent, seconds, table
 
 
 SQUARES = [[336, 336], [768, 768], [1024, 1024], [1536, 1536]]

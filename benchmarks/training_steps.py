@@ -51,7 +51,7 @@ def make_data(folder: Path, words: Sequence[int]) -> None:
     samples = []
     for number in range(SAMPLES):
         turns = [
-            {"from": "human", "value": "<image>\nWhat is in the picture?"},
+            {"from": "human", "value": "<image>\nWhat is in the image?"},
             {"from": "gpt", "value": " ".join(["the red sign"] * (words[number % len(words)] // 3))},
         ]
         samples.append({"id": str(number), "image": f"{number % IMAGES}.jpg", "conversations": turns})
@@ -96,7 +96,7 @@ def make_trainer(settings: dict[str, Any], callbacks: Sequence[Any]):
         processing_class=processor,
         callbacks=list(callbacks),
         peft_config=get_peft_config(model_config),
-        on_bad_picture=data.on_bad_picture,
+        on_bad_image=data.on_bad_image,
         on_bad_sample=data.on_bad_sample,
     )
 
@@ -129,7 +129,7 @@ def _make_model(settings: dict[str, Any], folder: Path, device, dtype):
     from transformers import AutoConfig, ConvNextConfig
 
     from convllava_hf import ConvLlavaConfig, ConvLlavaForConditionalGeneration, ConvLlavaProcessor
-    from convllava_hf.bench.models import built, text_config, tower_config
+    from convllava_hf.profiling.models import built, text_config, tower_config
 
     processor = ConvLlavaProcessor.from_pretrained(folder / "golden")
     processor.image_processor.size = {"height": settings["side"], "width": settings["side"]}

@@ -19,17 +19,17 @@ _DEFAULT_VISION = {
     "hidden_sizes": [192, 384, 768, 1536, 3072],
     "image_size": 1536,
 }
-# How a picture comes to the tower's shape; `PictureSizes` says what each does.
+# How an image comes to the tower's shape; `ImageSizing` says what each does.
 IMAGE_ASPECT_RATIOS = ("pad", "native", "shortest_edge")
-# Native pictures for people who do not count pixels: the most that are seen, the area of 512, 768, 1024, 1536 and 3072
+# Native images for people who do not count pixels: the most that are seen, the area of 512, 768, 1024, 1536 and 3072
 # squared. At stride 64 these are 64, 144, 256, 576 and 2304 visual tokens; the last shows a page of A4 at 300 dots an
 # inch and a screen of 3840 x 2160 as they are.
 PRESETS = {"tiny": 512**2, "small": 768**2, "base": 1024**2, "large": 1536**2, "full": 3072**2}
-# ConvNeXt's resolution at pretraining: smaller pictures are enlarged to its area, where nobody says another.
+# ConvNeXt's resolution at pretraining: smaller images are enlarged to its area, where nobody says another.
 _LEAST_PIXELS = 256**2
 # Where the short side is fixed, the area is that of a ratio of 1:8 at most, unless somebody says another.
 _LONGEST_RATIO = 8
-# Vicuna's 32000 tokens and the picture's placeholder, padded to a multiple of 64.
+# Vicuna's 32000 tokens and the image's placeholder, padded to a multiple of 64.
 _DEFAULT_IMAGE_TOKEN_ID = 32000
 _DEFAULT_VOCAB_SIZE = 32064
 
@@ -44,7 +44,7 @@ def tower_stride(vision_config) -> int:
 
 
 def visual_token_grid(height: int, width: int, stride: int) -> tuple[int, int]:
-    """Rows and columns of visual tokens of a picture of `height` x `width` pixels.
+    """Rows and columns of visual tokens of an image of `height` x `width` pixels.
 
     Raises:
         ValueError: a side is not a positive multiple of `stride`; the tower would drop the pixels left over.
@@ -52,7 +52,7 @@ def visual_token_grid(height: int, width: int, stride: int) -> tuple[int, int]:
     if height <= 0 or width <= 0 or height % stride or width % stride:
         nearest = [max(1, round(side / stride)) * stride for side in (height, width)]
         raise ValueError(
-            f"A picture of {height} x {width} pixels (height x width) cannot be divided into visual tokens: both "
+            f"An image of {height} x {width} pixels (height x width) cannot be divided into visual tokens: both "
             f"sides must be positive multiples of the vision tower's stride of {stride} pixels. The nearest such "
             f"size is {nearest[0]} x {nearest[1]}."
         )
@@ -60,27 +60,27 @@ def visual_token_grid(height: int, width: int, stride: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class PictureSizes:
-    """How large pictures come to the vision tower, and how many visual tokens they have there.
+class ImageSizing:
+    """How large images come to the vision tower, and how many visual tokens they have there.
 
     Args:
-        mode: `"pad"`: a square of `size`, whatever the picture. `"native"`: the picture's own size as long as its area
+        mode: `"pad"`: a square of `size`, whatever the image. `"native"`: the image's own size as long as its area
             is within the bounds, else enlarged or made smaller to them; each side the nearest multiple of the stride,
             and one stride at least. `"shortest_edge"`: the shorter side is `size`, the longer one the nearest multiple
             of the stride; the paper's protocol for table 7 (arXiv 2405.15738).
         size: side in pixels.
         stride: side in pixels of the square that one visual token stands for.
-        min_pixels: of native pictures (height times width as the tower sees them). Default: 256 x 256, or a quarter of
+        min_pixels: of native images (height times width as the tower sees them). Default: 256 x 256, or a quarter of
             `max_pixels` if that is less.
-        max_pixels: of native pictures; default: `size` squared. With `"shortest_edge"`, larger pictures are made
+        max_pixels: of native images; default: `size` squared. With `"shortest_edge"`, larger images are made
             smaller; default: 8 times `size` squared, a ratio of 1:8.
 
-    Native pictures keep their ratio within half a stride: at some scale of the picture, both sides are that near, but
+    Native images keep their ratio within half a stride: at some scale of the image, both sides are that near, but
     for a side shorter than half a stride. Both bounds hold wherever `max_pixels` is four times `min_pixels` or more;
     nearer ones may have no such size between them, and then `max_pixels` holds.
 
     Raises:
-        ValueError: an unknown mode, a size that the stride does not divide, bounds that no picture could meet.
+        ValueError: an unknown mode, a size that the stride does not divide, bounds that no image could meet.
     """
 
     mode: str
@@ -128,15 +128,15 @@ class PictureSizes:
 
     @property
     def most_tokens(self) -> int:
-        """Visual tokens of a picture at most."""
+        """Visual tokens of an image at most."""
         return self.most_pixels // self.stride**2
 
     def seen(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels that the tower sees of a picture of `height` x `width` pixels."""
+        """Height and width in pixels that the tower sees of an image of `height` x `width` pixels."""
         if self.mode == "pad":
             return self.size, self.size
         if height < 1 or width < 1:
-            raise ValueError(f"A picture of {height} x {width} pixels (height x width) has nothing to see.")
+            raise ValueError(f"An image of {height} x {width} pixels (height x width) has nothing to see.")
         if self.mode == "native":
             rows, columns = (max(1, (2 * side + self.stride) // (2 * self.stride)) for side in (height, width))
             rows, columns = self._enlarged(rows, columns, height, width)
@@ -147,39 +147,39 @@ class PictureSizes:
         return rows * self.stride, columns * self.stride
 
     def tokens(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of `height` x `width` pixels."""
+        """Visual tokens of an image of `height` x `width` pixels."""
         return math.prod(visual_token_grid(*self.seen(height, width), self.stride))
 
     def _enlarged(self, rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
-        """The grid of the smallest picture of this ratio that is enough, `rows` x `columns` or larger."""
+        """The grid of the smallest image of this ratio that is enough, `rows` x `columns` or larger."""
         enough = -(-self.least_pixels // self.stride**2)
         if rows * columns >= enough:
             return rows, columns
         area = self._grid_of(self.least_pixels, height, width)
         rows, columns = max(rows, area[0]), max(columns, area[1])
         while rows * columns < enough:
-            # Of a picture that grows, a side of n tokens has n + 1 once it comes to n + 1/2 strides; of sides that
+            # Of an image that grows, a side of n tokens has n + 1 once it comes to n + 1/2 strides; of sides that
             # come there together, the longer one is first, and those of a square stay together.
             of_rows, of_columns = ((2 * rows + 1) * width, -height), ((2 * columns + 1) * height, -width)
             rows, columns = rows + (of_rows <= of_columns), columns + (of_columns <= of_rows)
         return rows, columns
 
     def _reduced(self, rows: int, columns: int, height: int, width: int) -> tuple[int, int]:
-        """The grid of the largest picture of this ratio that is not too much, `rows` x `columns` or smaller."""
+        """The grid of the largest image of this ratio that is not too much, `rows` x `columns` or smaller."""
         most = self.most_tokens
         if rows * columns <= most:
             return rows, columns
         area = self._grid_of(self.most_pixels, height, width)
         rows, columns = min(rows, area[0], most), min(columns, area[1], most)
         while rows * columns > most:
-            # Of a picture that shrinks, a side of n tokens has n - 1 once it falls below n - 1/2 strides.
+            # Of an image that shrinks, a side of n tokens has n - 1 once it falls below n - 1/2 strides.
             of_rows = ((2 * rows - 1) * width if rows > 1 else 0, height)
             of_columns = ((2 * columns - 1) * height if columns > 1 else 0, width)
             rows, columns = rows - (of_rows >= of_columns), columns - (of_columns >= of_rows)
         return rows, columns
 
     def _grid_of(self, pixels: int, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of a picture of this ratio and that area, each to the nearest, in whole numbers alone."""
+        """Rows and columns of an image of this ratio and that area, each to the nearest, in whole numbers alone."""
         rows, columns = (
             max(1, (math.isqrt(4 * pixels * side // (other * self.stride**2)) + 1) // 2)
             for side, other in ((height, width), (width, height))
@@ -192,7 +192,7 @@ class ConvLlavaConfig(PretrainedConfig):
 
     Args:
         vision_config (`ConvNextConfig` or `dict`, *optional*): the tower, with any number of stages. Its `image_size`
-            is the side in pixels of the pictures that the model was trained with. Default: ConvNeXt-L with a fifth
+            is the side in pixels of the images that the model was trained with. Default: ConvNeXt-L with a fifth
             stage at 1536 pixels.
         text_config (`PretrainedConfig` or `dict`, *optional*): any causal language model of transformers; a dict is
             read by its `model_type`, `llama` when it names none. Default: the shape of Vicuna-7B v1.5.
@@ -235,7 +235,7 @@ class ConvLlavaConfig(PretrainedConfig):
         return tower_stride(self.vision_config)
 
     def num_visual_tokens(self, height: int, width: int) -> int:
-        """Visual tokens of a picture of `height` x `width` pixels; `ValueError` if the stride does not divide them."""
+        """Visual tokens of an image of `height` x `width` pixels; `ValueError` if the stride does not divide them."""
         rows, columns = visual_token_grid(height, width, self.stride)
         return rows * columns
 
@@ -270,7 +270,7 @@ class ConvLlavaConfig(PretrainedConfig):
         if not isinstance(self.image_token_id, int) or not 0 <= self.image_token_id < vocab_size:
             raise ValueError(
                 f"image_token_id is {self.image_token_id!r}, outside the language model's vocabulary of {vocab_size} "
-                "tokens. Add the picture's placeholder to the tokenizer, set text_config.vocab_size to cover it, and "
+                "tokens. Add the image's placeholder to the tokenizer, set text_config.vocab_size to cover it, and "
                 "pass its id."
             )
 

@@ -2,20 +2,20 @@
 """`EndpointHandler` for Hugging Face Inference Endpoints: a ConvLLaVA behind HTTP.
 
 A request's body is `{"inputs": ..., "parameters": {...}}`. `inputs` is one of
-- `{"image": PICTURE, "question": TEXT}`, where `image` may also be a list of pictures,
+- `{"image": IMAGE, "question": TEXT}`, where `image` may also be a list of images,
 - a chat: `[{"role": "user", "content": ...}, ...]`, or `{"messages": [...]}`. Content is a text or a list of parts,
-  `{"type": "text", "text": TEXT}`, `{"type": "image", "image": PICTURE}` or OpenAI's
-  `{"type": "image_url", "image_url": {"url": PICTURE}}`,
-- a text, a question without pictures,
+  `{"type": "text", "text": TEXT}`, `{"type": "image", "image": IMAGE}` or OpenAI's
+  `{"type": "image_url", "image_url": {"url": IMAGE}}`,
+- a text, a question without images,
 - a list of these: several inputs, each with an answer of its own.
-A PICTURE is a URL (http or https), base64, or a data URL of base64. Nothing is read from the endpoint's own disk.
+A IMAGE is a URL (http or https), base64, or a data URL of base64. Nothing is read from the endpoint's own disk.
 
 An answer has `generated_text`, `finish_reason` ("stop" or "length"), `prompt_tokens`, `visual_tokens` (a part of them)
 and `generated_tokens`. What cannot be answered gives `{"error": TEXT, "status": NUMBER}`, the number being HTTP's for
 the reason; the inference toolkit sends it in a body with 200, for it would make 400 of anything raised. Several inputs
 give a list, in which an error takes the place of its own answer alone.
 
-Pictures are fetched from public addresses alone, without proxies. A host's name is resolved once, and the connection
+Images are fetched from public addresses alone, without proxies. A host's name is resolved once, and the connection
 goes to the address that was checked.
 """
 
@@ -83,16 +83,16 @@ _PARAMETERS = {
 class Limits:
     """What a request may cost; an endpoint's environment sets them: `CONVLLAVA_MAX_PIXELS` for `max_pixels`.
 
-    `max_pixels`, `max_bytes` and `fetch_seconds` are for all pictures of one input together: pixels after decoding,
+    `max_pixels`, `max_bytes` and `fetch_seconds` are for all images of one input together: pixels after decoding,
     bytes before it, seconds until the last one is there, with all redirects. Pixels are counted by the bytes that
     decoding them takes: those of more than 8 bits a channel count twice, those of JPEG 2000 four times. PIL itself
-    opens no picture of more than about 179 million pixels.
+    opens no image of more than about 179 million pixels.
     """
 
     max_inputs: int = 8
     max_messages: int = 256  # of one input, as are the next two
     max_characters: int = 200_000
-    max_pictures: int = 16
+    max_images: int = 16
     max_pixels: int = 100_000_000
     max_bytes: int = 32 * 2**20
     fetch_seconds: float = 20.0
@@ -139,7 +139,7 @@ class EndpointHandler:
         special |= {self.processor.image_token, *tokenizer.all_special_tokens}
         tokens = sorted((re.escape(token) for token in special if token.strip()), key=len, reverse=True)
         self._special = re.compile("|".join(tokens))
-        # One request at a time has decoded pictures or uses the tokenizer, which is not for several threads; another
+        # One request at a time has decoded images or uses the tokenizer, which is not for several threads; another
         # one meanwhile has the model. Downloads wait for neither.
         self._preparing = threading.Lock()
         self._generating = threading.Lock()
@@ -169,13 +169,13 @@ class EndpointHandler:
     def _answer(self, entry, options: dict) -> dict:
         try:
             messages, sources = _read_conversation(entry, self.limits, self._as_typed)
-            reader = _PictureReader(self.limits)
+            reader = _ImageReader(self.limits)
             files = [reader.read(source) for source in sources]
             with self._preparing:
-                pictures = [reader.decode(file, source) for file, source in zip(files, sources, strict=True)]
-                inputs = self._prepare(messages, iter(pictures))
-                for picture in pictures:  # while the model is waited for, their pixels need not be there
-                    picture.close()
+                images = [reader.decode(file, source) for file, source in zip(files, sources, strict=True)]
+                inputs = self._prepare(messages, iter(images))
+                for image in images:  # while the model is waited for, their pixels need not be there
+                    image.close()
             del files
             return self._generate(inputs, options)
         except RequestError as error:
@@ -186,7 +186,7 @@ class EndpointHandler:
         except torch.OutOfMemoryError:
             logger.exception("A request did not fit into memory.")
             torch.cuda.empty_cache()
-            return {"error": "The memory does not hold this request. Ask about fewer pictures.", "status": 503}
+            return {"error": "The memory does not hold this request. Ask about fewer images.", "status": 503}
         except Exception:  # the next request must be answered whatever this one came upon
             logger.exception("A request could not be answered.")
             return {"error": "The endpoint failed on this request; its log says how.", "status": 500}
@@ -195,12 +195,12 @@ class EndpointHandler:
         """Text that holds no special token: a blank parts each, so that `<image>` stays text and ends no turn."""
         return self._special.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", _PRIVATE_USE.sub("", text))
 
-    def _prepare(self, messages: list[dict], pictures):
-        """The model's inputs; `pictures` are those that the messages leave places for, in order."""
+    def _prepare(self, messages: list[dict], images):
+        """The model's inputs; `images` are those that the messages leave places for, in order."""
         for message in messages:
             for part in message["content"]:
                 if part["type"] == "image":
-                    part["image"] = next(pictures)
+                    part["image"] = next(images)
         try:
             return self.processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -220,7 +220,7 @@ class EndpointHandler:
             raise RequestError(
                 413,
                 f"The conversation has {prompt} tokens and the model's context holds {context}, the answer included. "
-                "Leave out earlier messages, or ask about fewer pictures.",
+                "Leave out earlier messages, or ask about fewer images.",
             )
         visual = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
         options = {**options, "max_new_tokens": int(min(options["max_new_tokens"], context - prompt))}
@@ -298,7 +298,7 @@ def _number(name: str, value, kind: type, least, greatest):
 
 
 def _read_conversation(entry, limits: Limits, as_typed) -> tuple[list[dict], list[str]]:
-    """Messages with places for pictures, and where the pictures are to be had."""
+    """Messages with places for images, and where the images are to be had."""
     messages = _as_messages(entry)
     if not messages or len(messages) > limits.max_messages:
         raise RequestError(
@@ -325,11 +325,11 @@ def _read_conversation(entry, limits: Limits, as_typed) -> tuple[list[dict], lis
     if read[-1]["role"] != "user":
         raise RequestError(400, "The last message must be the user's: it is the one that is answered.")
     if not read[-1]["content"]:
-        raise RequestError(400, "The last message is empty: it needs a text or a picture.")
+        raise RequestError(400, "The last message is empty: it needs a text or an image.")
     if characters > limits.max_characters:
         raise RequestError(413, f"The texts have {characters} characters; {limits.max_characters} are read.")
-    if len(sources) > limits.max_pictures:
-        raise RequestError(413, f"There are {len(sources)} pictures; {limits.max_pictures} are looked at together.")
+    if len(sources) > limits.max_images:
+        raise RequestError(413, f"There are {len(sources)} images; {limits.max_images} are looked at together.")
     return read, sources
 
 
@@ -345,11 +345,11 @@ def _as_messages(entry) -> list:
             400, "An input is an object with `image` and `question`, a list of chat messages with `role`, or a text."
         )
     if not entry.get("image"):
-        raise RequestError(400, "There is no picture in `image`. A question without pictures is a text or a chat.")
+        raise RequestError(400, "There is no image in `image`. A question without images is a text or a chat.")
     if not isinstance(entry.get("question"), str) or not entry["question"].strip():
         raise RequestError(400, "There is no text in `question`.")
-    pictures = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    parts = [{"type": "image", "image": picture} for picture in pictures]
+    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+    parts = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": entry["question"]}]}]
 
 
@@ -383,8 +383,8 @@ def _parts(content, number: int) -> list[tuple[str, str]]:
     return parts
 
 
-class _PictureReader:
-    """Reads the pictures of one input, within its limits of bytes, time and pixels."""
+class _ImageReader:
+    """Reads the images of one input, within its limits of bytes, time and pixels."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -393,16 +393,16 @@ class _PictureReader:
         self.deadline = time.monotonic() + limits.fetch_seconds
 
     def read(self, source: str) -> bytes:
-        """The picture's file."""
+        """The image's file."""
         scheme, colon, rest = source.partition(":")
         if colon and scheme.lower() in ("http", "https"):
             return self._fetch(source)
         if colon and scheme.lower() == "data":
             header, comma, source = rest.partition(",")
             if not comma or not header.lower().endswith(";base64"):
-                raise RequestError(400, "A data URL of a picture must be of base64: data:image/png;base64,...")
+                raise RequestError(400, "A data URL of an image must be of base64: data:image/png;base64,...")
         elif colon:
-            raise RequestError(400, f"{_shown(source)} is not fetched: pictures come by http, https or base64.")
+            raise RequestError(400, f"{_shown(source)} is not fetched: images come by http, https or base64.")
         self._take(len(source) * 3 // 4)
         try:
             return base64.b64decode("".join(source.split()), validate=True)
@@ -414,39 +414,39 @@ class _PictureReader:
     def decode(self, file: bytes, source: str) -> Image.Image:
         Image.init()
         try:
-            picture = Image.open(io.BytesIO(file), formats=[name for name in _FORMATS if name in Image.OPEN])
+            image = Image.open(io.BytesIO(file), formats=[name for name in _FORMATS if name in Image.OPEN])
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise self._too_many_pixels(f"{_shown(source)} has far too many pixels") from error
         except UnidentifiedImageError as error:
             raise RequestError(
-                415, f"{_shown(source)} is not a picture that can be read; expected one of {', '.join(_FORMATS)}."
+                415, f"{_shown(source)} is not an image that can be read; expected one of {', '.join(_FORMATS)}."
             ) from error
         except Exception as error:  # PIL's parsers let through whatever they stumble over
             raise _undecodable(source, error) from error
-        width, height = picture.size
-        weight = _weight_of_pixels(picture)
+        width, height = image.size
+        weight = _weight_of_pixels(image)
         if weight * width * height > self.pixels_left:
             counted = f", which count {weight} times" if weight > 1 else ""
             raise self._too_many_pixels(f"{_shown(source)} has {width} x {height} pixels{counted}")
         self.pixels_left -= weight * width * height
         try:
-            picture.load()  # the image processor turns it upright
+            image.load()  # the image processor turns it upright
         except Exception as error:
             raise _undecodable(source, error) from error
         # The image processor makes a square of the longer side. That must keep to the limit as well.
         side = math.isqrt(self.limits.max_pixels)
-        if max(picture.size) > side:
-            smooth = picture.mode in ("L", "RGB", "RGBA", "CMYK")
-            picture.thumbnail((side, side), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
-        return picture
+        if max(image.size) > side:
+            smooth = image.mode in ("L", "RGB", "RGBA", "CMYK")
+            image.thumbnail((side, side), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+        return image
 
     def _too_many_pixels(self, what: str) -> RequestError:
-        return RequestError(413, f"{what}; {self.limits.max_pixels} are looked at, all pictures together.")
+        return RequestError(413, f"{what}; {self.limits.max_pixels} are looked at, all images together.")
 
     def _take(self, size: int) -> None:
         self.bytes_left -= size
         if self.bytes_left < 0:
-            raise RequestError(413, f"The pictures are larger than {self.limits.max_bytes} bytes together.")
+            raise RequestError(413, f"The images are larger than {self.limits.max_bytes} bytes together.")
 
     def _fetch(self, url: str) -> bytes:
         shown, redirects = _shown(url), 0
@@ -466,7 +466,7 @@ class _PictureReader:
                     raise RequestError(424, f"{shown} redirects to {_shown(location)}, which is no URL.") from error
         except (OSError, http.client.HTTPException) as error:
             self._check_time(shown)
-            raise RequestError(424, f"The picture {shown} could not be fetched: {error}") from error
+            raise RequestError(424, f"The image {shown} could not be fetched: {error}") from error
 
     def _body(self, response: http.client.HTTPResponse, shown: str) -> bytes:
         if response.status != 200:
@@ -482,9 +482,7 @@ class _PictureReader:
 
     def _check_time(self, shown: str) -> None:
         if time.monotonic() >= self.deadline:
-            raise RequestError(
-                424, f"The picture {shown} did not arrive within {self.limits.fetch_seconds:g} seconds."
-            )
+            raise RequestError(424, f"The image {shown} did not arrive within {self.limits.fetch_seconds:g} seconds.")
 
 
 class _Request:
@@ -589,16 +587,16 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
 
 
-def _weight_of_pixels(picture: Image.Image) -> int:
+def _weight_of_pixels(image: Image.Image) -> int:
     """How many bytes a pixel takes while it is decoded, compared with one of 8 bits a channel."""
-    if picture.format == "JPEG2000":  # 32 bits a channel, and work besides
+    if image.format == "JPEG2000":  # 32 bits a channel, and work besides
         return 4
-    stored = str([tile[3] for tile in picture.tile])  # RGB;16B, say, which becomes 8 bits
-    return 2 if picture.mode == "F" or picture.mode.startswith("I") or ";16" in stored else 1
+    stored = str([tile[3] for tile in image.tile])  # RGB;16B, say, which becomes 8 bits
+    return 2 if image.mode == "F" or image.mode.startswith("I") or ";16" in stored else 1
 
 
 def _undecodable(source: str, error: Exception) -> RequestError:
-    return RequestError(415, f"The picture {_shown(source)} cannot be decoded: {error}")
+    return RequestError(415, f"The image {_shown(source)} cannot be decoded: {error}")
 
 
 def _shown(value) -> str:

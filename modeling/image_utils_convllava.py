@@ -83,7 +83,7 @@ def image_errors(name: str):
 def image_name(image, number: int = 1) -> str:
     """How messages call an image: its path or URL where it has one, else its number in the call."""
     if isinstance(image, dict):
-        image = image.get("path") or "picture in a data set"
+        image = image.get("path") or "image in a data set"
     elif isinstance(image, Image.Image):
         image = getattr(image, "filename", None)
     if not isinstance(image, (str, os.PathLike)) or not str(image):

@@ -36,7 +36,7 @@ AUTO_MAP = {
 class ConvLlavaModelOutputWithPast(BaseModelOutputWithPast):
     """Output of `ConvLlavaModel`.
 
-    `image_hidden_states`: projected visual tokens of all pictures in order, (visual tokens, hidden size), or `None`.
+    `image_hidden_states`: projected visual tokens of all images in order, (visual tokens, hidden size), or `None`.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -47,7 +47,7 @@ class ConvLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `ConvLlavaForConditionalGeneration`.
 
     `loss`: next-token cross entropy, where `labels` were given. `logits`: (batch, positions kept, vocabulary).
-    `image_hidden_states`: projected visual tokens of all pictures in order, (visual tokens, hidden size), or `None`.
+    `image_hidden_states`: projected visual tokens of all images in order, (visual tokens, hidden size), or `None`.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -63,7 +63,7 @@ def _named_cache(past_key_values: Cache | None, cache: Cache | None) -> dict[str
 
 
 class ConvLlavaVisionStage(ConvNextStage):
-    """A ConvNeXt stage that can keep pictures of different sizes in one batch apart, and be checkpointed per block."""
+    """A ConvNeXt stage that can keep images of different sizes in one batch apart, and be checkpointed per block."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -73,10 +73,10 @@ class ConvLlavaVisionStage(ConvNextStage):
         """
         Args:
             features: (N, C, H, W).
-            mask: (N, 1, H', W') with this stage's H' and W', 1 where the picture is and 0 in the padding; `None` when
-                every picture fills the batch. Only the depthwise convolution looks at neighbours (stem and
-                downsampling take whole patches, which padding never shares with a picture). It pads with zeros itself,
-                so zeroing the padding of its input makes a picture's features those that it gets alone.
+            mask: (N, 1, H', W') with this stage's H' and W', 1 where the image is and 0 in the padding; `None` when
+                every image fills the batch. Only the depthwise convolution looks at neighbors (stem and
+                downsampling take whole patches, which padding never shares with an image). It pads with zeros itself,
+                so zeroing the padding of its input makes an image's features those that it gets alone.
         """
         for layer in self.downsampling_layer:
             features = layer(features)
@@ -153,12 +153,12 @@ class ConvLlavaVisionTower(ConvNextPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values: normalised pictures, padded at the right and bottom to a common size, (N, 3, H, W).
-            image_sizes: height and width in pixels that each picture really covers, (N, 2), multiples of the stride;
+            pixel_values: normalized images, padded at the right and bottom to a common size, (N, 3, H, W).
+            image_sizes: height and width in pixels that each image really covers, (N, 2), multiples of the stride;
                 `None` when all cover H x W.
 
         Returns:
-            `last_hidden_state`: features (N, C, H/stride, W/stride). What lies in a picture's padding is meaningless.
+            `last_hidden_state`: features (N, C, H/stride, W/stride). What lies in an image's padding is meaningless.
 
         Raises:
             ValueError: H, W or a size is no multiple of the stride, or a size exceeds H x W.
@@ -178,7 +178,7 @@ class ConvLlavaVisionTower(ConvNextPreTrainedModel):
 
 
 def _valid_positions(image_sizes, height: int, width: int, stride: int) -> torch.Tensor | None:
-    """Mask (N, 1, height/stride, width/stride) of the visual tokens that belong to a picture, `None` if all do."""
+    """Mask (N, 1, height/stride, width/stride) of the visual tokens that belong to an image, `None` if all do."""
     if image_sizes is None:
         return None
     sizes = _as_size_list(image_sizes)
@@ -189,7 +189,7 @@ def _valid_positions(image_sizes, height: int, width: int, stride: int) -> torch
         rows, columns = visual_token_grid(*size, stride)
         if size[0] > height or size[1] > width:
             raise ValueError(
-                f"image_sizes names a picture of {size[0]} x {size[1]} pixels, but pixel_values holds only {height} x "
+                f"image_sizes names an image of {size[0]} x {size[1]} pixels, but pixel_values holds only {height} x "
                 f"{width}. Pass the image_sizes that the image processor returned with these pixel_values."
             )
         mask[index, :, :rows, :columns] = 1
@@ -202,14 +202,11 @@ def _as_size_list(image_sizes) -> list[tuple[int, int]]:
     return [(int(height), int(width)) for height, width in rows]
 
 
-def _as_batch(pictures, image_sizes) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Pictures (3, H, W) of several sizes as one tensor (N, 3, H, W), and the sizes that they cover of it."""
-    sizes = [tuple(picture.shape[-2:]) for picture in pictures] if image_sizes is None else image_sizes
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (-2, -1))
-    padded = [
-        nn.functional.pad(picture, (0, width - picture.shape[-1], 0, height - picture.shape[-2]))
-        for picture in pictures
-    ]
+def _as_batch(images, image_sizes) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Images (3, H, W) of several sizes as one tensor (N, 3, H, W), and the sizes that they cover of it."""
+    sizes = [tuple(image.shape[-2:]) for image in images] if image_sizes is None else image_sizes
+    height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+    padded = [nn.functional.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
     return torch.stack(padded), sizes
 
 
@@ -343,32 +340,32 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
-        """What the language model sees of each picture.
+        """What the language model sees of each image.
 
         Args:
-            pixel_values: normalised pictures, padded at the right and bottom to a common size, (N, 3, H, W); or a list
-                of (3, H, W) that are padded here, which is how servers hand on pictures of several requests.
-            image_sizes: height and width in pixels that each picture really covers, (N, 2); `None` for all of it.
+            pixel_values: normalized images, padded at the right and bottom to a common size, (N, 3, H, W); or a list
+                of (3, H, W) that are padded here, which is how servers hand on images of several requests.
+            image_sizes: height and width in pixels that each image really covers, (N, 2); `None` for all of it.
 
         Returns:
             `last_hidden_state`: the tower's features (N, C, H/stride, W/stride).
-            `pooler_output`: a list of one tensor (visual tokens, hidden size) for each picture, row by row.
+            `pooler_output`: a list of one tensor (visual tokens, hidden size) for each image, row by row.
         """
         if isinstance(pixel_values, (list, tuple)):
             pixel_values, image_sizes = _as_batch(pixel_values, image_sizes)
         features = self.vision_tower(pixel_values, image_sizes=image_sizes).last_hidden_state
         rows_first = features.permute(0, 2, 3, 1)  # (N, C, h, w) -> (N, h, w, C)
         if image_sizes is None:
-            pictures = [picture.flatten(0, 1) for picture in rows_first]
+            images = [image.flatten(0, 1) for image in rows_first]
         else:
             stride = self.vision_tower.stride
-            pictures = [
-                picture[: height // stride, : width // stride].flatten(0, 1)  # (h, w, C) -> (tokens, C)
-                for picture, (height, width) in zip(rows_first, _as_size_list(image_sizes), strict=True)
+            images = [
+                image[: height // stride, : width // stride].flatten(0, 1)  # (h, w, C) -> (tokens, C)
+                for image, (height, width) in zip(rows_first, _as_size_list(image_sizes), strict=True)
             ]
-        projected = self.multi_modal_projector(torch.cat(pictures))
+        projected = self.multi_modal_projector(torch.cat(images))
         return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=list(projected.split([len(picture) for picture in pictures]))
+            last_hidden_state=features, pooler_output=list(projected.split([len(image) for image in images]))
         )
 
     @can_return_tuple
@@ -388,13 +385,13 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         """
         Args:
             input_ids: (batch, positions), with `config.image_token_id` where a visual token goes.
-            pixel_values: pictures of the whole batch in the order of their placeholders, (N, 3, H, W).
+            pixel_values: images of the whole batch in the order of their placeholders, (N, 3, H, W).
             attention_mask: (batch, positions), 0 for padding.
             inputs_embeds: (batch, positions, hidden size), instead of `input_ids`.
-            image_sizes: height and width in pixels of each picture, (N, 2).
+            image_sizes: height and width in pixels of each image, (N, 2).
             cache, past_key_values: the newer and the older name of the same thing.
             image_hidden_states: in place of `pixel_values`, what became of them in an earlier call, or from
-                `get_image_features`: projected visual tokens of all pictures in order, (visual tokens, hidden size).
+                `get_image_features`: projected visual tokens of all images in order, (visual tokens, hidden size).
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, both `pixel_values` and
@@ -403,14 +400,14 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if pixel_values is not None and image_hidden_states is not None:
-            raise ValueError("Pass pictures as pixel_values or, encoded before, as image_hidden_states; not as both.")
+            raise ValueError("Pass images as pixel_values or, encoded before, as image_hidden_states; not as both.")
         # mm_token_type_ids come from processors asked for them; the language model has no use for them.
         kwargs.pop("mm_token_type_ids", None)
         image_features, blank = image_hidden_states, None
         if pixel_values is not None:
             image_features = torch.cat(self.get_image_features(pixel_values, image_sizes).pooler_output)
         elif self.training or _is_sharded(self.vision_tower):
-            blank = self._blank_picture((input_ids if inputs_embeds is None else inputs_embeds).device)
+            blank = self._blank_image((input_ids if inputs_embeds is None else inputs_embeds).device)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
@@ -444,17 +441,17 @@ class ConvLlavaModel(ConvLlavaPreTrainedModel):
         # Counting waits for the device; a compiled graph is not interrupted for it.
         if not torch.compiler.is_compiling() and (count := int(mask.sum())) != num_features:
             raise ValueError(
-                f"The prompts hold {count} picture placeholders (token {self.config.image_token_id}), but the "
-                f"pictures have {num_features} visual tokens. Let ConvLlavaProcessor expand each <image>, and do not "
+                f"The prompts hold {count} image placeholders (token {self.config.image_token_id}), but the "
+                f"images have {num_features} visual tokens. Let ConvLlavaProcessor expand each <image>, and do not "
                 "truncate its input_ids."
             )
         return mask.unsqueeze(-1)
 
-    def _blank_picture(self, device: torch.device) -> torch.Tensor:
-        """Zero, computed from the smallest blank picture through tower and projector.
+    def _blank_image(self, device: torch.device) -> torch.Tensor:
+        """Zero, computed from the smallest blank image through tower and projector.
 
         With sharded parameters (FSDP, ZeRO-3) the ranks must all run the same modules in the same order, in evaluation
-        too; one whose batch has no picture would leave the others waiting for ever. ZeRO-3 gathers even a weight that
+        too; one whose batch has no image would leave the others waiting for ever. ZeRO-3 gathers even a weight that
         is only asked for its device, so no weight is.
         """
         side = self.vision_tower.stride
@@ -493,7 +490,7 @@ def _scale_logits(logits: torch.Tensor, text_config) -> torch.Tensor:
 
 
 class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixin):
-    """ConvLLaVA with the language model's head: answers questions about pictures."""
+    """ConvLLaVA with the language model's head: answers questions about images."""
 
     def __init__(self, config: ConvLlavaConfig):
         super().__init__(config)
@@ -589,9 +586,9 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
         )
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        """As in transformers; pictures go in with the ids that have a place for them.
+        """As in transformers; images go in with the ids that have a place for them.
 
-        The cache holds what earlier ones were, so a further turn on it may bring pictures of its own.
+        The cache holds what earlier ones were, so a further turn on it may bring images of its own.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -604,55 +601,55 @@ class ConvLlavaForConditionalGeneration(ConvLlavaPreTrainedModel, GenerationMixi
             inputs.update(pixel_values=None, image_sizes=None, image_hidden_states=None)
         elif ids is not None:
             places = int((ids == self.config.image_token_id).sum())
-            # transformers 4 hands pictures on in every step, also to guessed tokens that repeat a placeholder.
+            # transformers 4 hands images on in every step, also to guessed tokens that repeat a placeholder.
             goes_on = (cache_position := kwargs.get("cache_position")) is not None and cache_position[0] != 0
             if not places or (goes_on and places != self._given_visual_tokens(inputs)):
                 inputs.update(pixel_values=None, image_sizes=None, image_hidden_states=None)
         return inputs
 
     def _given_visual_tokens(self, inputs: dict) -> int:
-        """How many visual tokens the pictures among the inputs have, encoded before or not."""
+        """How many visual tokens the images among the inputs have, encoded before or not."""
         if (encoded := inputs.get("image_hidden_states")) is not None:
             return len(encoded)
         return sum(self._visual_tokens(inputs["pixel_values"], inputs.get("image_sizes")))
 
     def _visual_tokens(self, pixel_values: torch.Tensor, image_sizes) -> list[int]:
-        """How many visual tokens each picture has."""
+        """How many visual tokens each image has."""
         if image_sizes is None:
             image_sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values)
         return [self.config.num_visual_tokens(*size) for size in _as_size_list(image_sizes)]
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats each prompt for beams and `num_return_sequences`, and each prompt's pictures together with it.
+        """Repeats each prompt for beams and `num_return_sequences`, and each prompt's images together with it.
 
-        `pixel_values` has a row for each picture, not for each prompt, so repeating its rows one by one would hand
-        prompts with several pictures, or with none, those of their neighbours.
+        `pixel_values` has a row for each image, not for each prompt, so repeating its rows one by one would hand
+        prompts with several images, or with none, those of their neighbors.
         """
         names = ("pixel_values", "image_sizes", "image_hidden_states")
-        pictures = {key: model_kwargs.pop(key, None) for key in names}
-        if expand_size > 1 and (pictures["pixel_values"] is not None or pictures["image_hidden_states"] is not None):
-            counts = self._rows_per_prompt(input_ids, pictures, model_kwargs.get("inputs_embeds"))
-            for key, rows in pictures.items():
+        images = {key: model_kwargs.pop(key, None) for key in names}
+        if expand_size > 1 and (images["pixel_values"] is not None or images["image_hidden_states"] is not None):
+            counts = self._rows_per_prompt(input_ids, images, model_kwargs.get("inputs_embeds"))
+            for key, rows in images.items():
                 if rows is not None:
                     groups = torch.as_tensor(rows).split(counts)
-                    pictures[key] = torch.cat([group for group in groups for _ in range(expand_size)])
+                    images[key] = torch.cat([group for group in groups for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        model_kwargs.update({key: rows for key, rows in pictures.items() if rows is not None})
+        model_kwargs.update({key: rows for key, rows in images.items() if rows is not None})
         return input_ids, model_kwargs
 
-    def _rows_per_prompt(self, input_ids, pictures: dict, inputs_embeds) -> list[int]:
-        """How many rows of the pictures' tensors, in order, belong to each prompt, by the visual tokens that it has
-        room for: one a picture in `pixel_values`, one a visual token in `image_hidden_states`."""
+    def _rows_per_prompt(self, input_ids, images: dict, inputs_embeds) -> list[int]:
+        """How many rows of the images' tensors, in order, belong to each prompt, by the visual tokens that it has
+        room for: one an image in `pixel_values`, one a visual token in `image_hidden_states`."""
         by_ids = inputs_embeds is None or inputs_embeds.shape[1] == 0
         placeholders = self.model._placeholders(
-            input_ids if by_ids else None, inputs_embeds, self._given_visual_tokens(pictures)
+            input_ids if by_ids else None, inputs_embeds, self._given_visual_tokens(images)
         )
         rooms = placeholders.sum(dim=(1, 2)).tolist()
-        if pictures["pixel_values"] is None:
+        if images["pixel_values"] is None:
             return rooms
-        tokens = self._visual_tokens(pictures["pixel_values"], pictures["image_sizes"])
+        tokens = self._visual_tokens(images["pixel_values"], images["image_sizes"])
         counts = []
         for room in rooms:
             counts.append(0)

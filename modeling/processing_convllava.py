@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations and pictures to the model's inputs."""
+"""From conversations and images to the model's inputs."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_convllava import set_in_package, visual_token_grid
-from .image_processing_convllava import PICTURE_ARGUMENTS, ConvLlavaImagesKwargs
+from .image_processing_convllava import IMAGE_ARGUMENTS, ConvLlavaImagesKwargs
 
 # transformers 4 copies only what the file of a class imports itself, not what those files import in turn.
 from .image_utils_convllava import ImageError  # noqa: F401
@@ -30,14 +30,14 @@ class ConvLlavaProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class ConvLlavaProcessor(ProcessorMixin):
-    """Tokenizer and image processor in one: puts a placeholder into the text for every visual token of a picture.
+    """Tokenizer and image processor in one: puts a placeholder into the text for every visual token of an image.
 
     Args:
         image_processor (`ConvLlavaImageProcessor`).
         tokenizer (`PreTrainedTokenizerFast`): knows `image_token` as a token of its own. Its padding side becomes
             left, which generating in batches needs; pass `padding_side="right"` to a call for training.
-        chat_template (`str`, *optional*): Jinja template that writes `image_token` once for each picture.
-        image_token (`str`, defaults to `"<image>"`): where a picture goes.
+        chat_template (`str`, *optional*): Jinja template that writes `image_token` once for each image.
+        image_token (`str`, defaults to `"<image>"`): where an image goes.
         image_suffix (`str`, defaults to `""`): put between an image's placeholders and ordinary text after them. A
             blank gives tokenizers made from SentencePiece (`legacy: false`) the dummy prefix that the original code
             produces by tokenizing the text after an image as a text of its own. Chat templates write it themselves,
@@ -66,21 +66,21 @@ class ConvLlavaProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
-                f"The tokenizer does not know {image_token!r}, the place of a picture: add it with "
+                f"The tokenizer does not know {image_token!r}, the place of an image: add it with "
                 f"tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})."
             )
         self.image_suffix = image_suffix
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.tokenizer.padding_side = "left"
         # `from_pretrained` hands all it is given to the tokenizer as well, whose arguments are those of every call.
-        for name in PICTURE_ARGUMENTS:
+        for name in IMAGE_ARGUMENTS:
             self.tokenizer.init_kwargs.pop(name, None)
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         """
         Args:
-            images: one picture or a (nested) list in the order of the placeholders; see `ConvLlavaImageProcessor`.
-            text: one prompt or a list, with one `<image>` for each picture. One that begins with the token for the
+            images: one image or a (nested) list in the order of the placeholders; see `ConvLlavaImageProcessor`.
+            text: one prompt or a list, with one `<image>` for each image. One that begins with the token for the
                 beginning of a sequence, as chat templates write it, gets no second one.
             return_mm_token_type_ids (`bool`): also return `mm_token_type_ids`, 1 where a placeholder is, else 0.
             return_text_replacement_offsets (`bool`): also return what each `<image>` was replaced by and where, and
@@ -88,18 +88,18 @@ class ConvLlavaProcessor(ProcessorMixin):
             **kwargs: of the tokenizer and of `ConvLlavaImageProcessor`; `text_kwargs`, `images_kwargs` as dicts.
 
         Returns:
-            `input_ids`, `attention_mask` (batch, positions); for pictures `pixel_values` (N, 3, H, W), `image_sizes`
+            `input_ids`, `attention_mask` (batch, positions); for images `pixel_values` (N, 3, H, W), `image_sizes`
             (N, 2).
 
         Raises:
-            ValueError: the numbers of pictures and of `<image>` differ, or truncation would cut a picture.
+            ValueError: the numbers of images and of `<image>` differ, or truncation would cut an image.
         """
         if videos is not None or audio is not None:
-            raise ValueError("ConvLLaVA sees pictures and reads text; it takes neither videos nor audio.")
+            raise ValueError("ConvLLaVA sees images and reads text; it takes neither videos nor audio.")
         if images is None and text is None:
             raise ValueError("Pass text, images or both.")
         if kwargs.get("return_overflowing_tokens"):
-            raise ValueError("return_overflowing_tokens would part texts from their pictures: leave it out.")
+            raise ValueError("return_overflowing_tokens would part texts from their images: leave it out.")
         # transformers 4 takes out of the caller's own dicts what it finds in them.
         kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
         return_types = _pop(kwargs, "return_mm_token_type_ids")
@@ -116,7 +116,7 @@ class ConvLlavaProcessor(ProcessorMixin):
 
         texts = _as_texts(text)
         if texts is not None:
-            self._check_picture_count(texts, images)
+            self._check_image_count(texts, images)
         data = {}
         replacements = []
         if images is not None and _count(images):
@@ -174,13 +174,13 @@ class ConvLlavaProcessor(ProcessorMixin):
         return [self.image_token_id]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholders of one picture, one for each visual token."""
+        """The placeholders of one image, one for each visual token."""
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
         rows, columns = visual_token_grid(height, width, self.image_processor.stride)
         return self.image_token * (rows * columns)
 
     def get_text_with_replacements(self, text: list[str], images_replacements=(), *args, **kwargs):
-        """Replaces each `<image>` by its picture's placeholders and what must follow them.
+        """Replaces each `<image>` by its image's placeholders and what must follow them.
 
         Returns:
             The new texts, and for each text a list of dicts: `type`, `text` and its `span` of characters before,
@@ -188,14 +188,14 @@ class ConvLlavaProcessor(ProcessorMixin):
         """
         if not images_replacements:
             return list(text), [[] for _ in text]
-        pictures = iter(images_replacements)
+        remaining = iter(images_replacements)
         expanded, spans = [], []
         for sample in text:
             pieces, row, last, length = [], [], 0, 0
             rendered = self._may_be_rendered(sample)
             for match in self._placeholder.finditer(sample):
                 start, end = match.span()
-                replacement = next(pictures) + self._suffix(sample[end:], rendered)
+                replacement = next(remaining) + self._suffix(sample[end:], rendered)
                 pieces += [sample[last:start], replacement]
                 length += start - last
                 row.append(
@@ -214,11 +214,11 @@ class ConvLlavaProcessor(ProcessorMixin):
         return expanded, spans
 
     def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
-        """1 where a picture's placeholder is, 0 elsewhere, in the shape of `input_ids`."""
+        """1 where an image's placeholder is, 0 elsewhere, in the shape of `input_ids`."""
         return [[int(token == self.image_token_id) for token in row] for row in input_ids]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Visual tokens of pictures of these sizes, (height, width) in pixels, before anything is preprocessed."""
+        """Visual tokens of images of these sizes, (height, width) in pixels, before anything is preprocessed."""
         if image_sizes is None:
             return MultiModalData()
         kwargs = {**kwargs, **kwargs.pop("images_kwargs", {})}
@@ -291,20 +291,20 @@ class ConvLlavaProcessor(ProcessorMixin):
         done = (self.image_token, *self.tokenizer.all_special_tokens, *([self.image_suffix] if rendered else []))
         return "" if not following or following.startswith(done) else self.image_suffix
 
-    def _check_picture_count(self, texts: list[str], images) -> None:
+    def _check_image_count(self, texts: list[str], images) -> None:
         places = [len(self._placeholder.findall(text)) for text in texts]
         nested = isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
         if nested and len(images) == len(texts):
-            for index, (expected, pictures) in enumerate(zip(places, images, strict=True)):
-                if expected != _count(pictures):
+            for index, (expected, given) in enumerate(zip(places, images, strict=True)):
+                if expected != _count(given):
                     raise ValueError(
-                        f"Prompt {index} has {expected} {self.image_token} but {_count(pictures)} pictures. Write one "
-                        f"{self.image_token} for each picture."
+                        f"Prompt {index} has {expected} {self.image_token} but {_count(given)} images. Write one "
+                        f"{self.image_token} for each image."
                     )
         elif sum(places) != _count(images):
             raise ValueError(
-                f"The text has {sum(places)} {self.image_token} but {_count(images)} pictures were passed. Write one "
-                f"{self.image_token} for each picture."
+                f"The text has {sum(places)} {self.image_token} but {_count(images)} images were passed. Write one "
+                f"{self.image_token} for each image."
             )
 
     def _check_truncation(self, expanded: list[str], input_ids, text_kwargs: dict) -> None:
@@ -318,7 +318,7 @@ class ConvLlavaProcessor(ProcessorMixin):
                 raise ValueError(
                     f"Prompt {index} is {total} tokens long, {needed} of them visual tokens, and truncation to "
                     f"{limit} tokens would keep only {kept} visual tokens. Raise max_length, use smaller or fewer "
-                    "pictures, or turn truncation off; only text can be cut."
+                    "images, or turn truncation off; only text can be cut."
                 )
 
 
@@ -356,7 +356,7 @@ def _as_texts(text) -> list[str] | None:
 
 
 def _count(images) -> int:
-    """Pictures in a picture, a batch array, a (nested) list or nothing."""
+    """Images in an image, a batch array, a (nested) list or nothing."""
     if images is None:
         return 0
     if isinstance(images, (list, tuple)):
@@ -366,15 +366,15 @@ def _count(images) -> int:
 
 def _with_content_parts(messages: list[dict]) -> list[dict]:
     """Messages whose content is a list of `text` and `image` parts, whatever way it was written."""
-    normalised = []
+    normalized = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         elif isinstance(content, (list, tuple)):
             content = [_as_image_part(part) for part in content]
-        normalised.append({**message, "content": content or []})
-    return normalised
+        normalized.append({**message, "content": content or []})
+    return normalized
 
 
 def _as_image_part(part: dict) -> dict:

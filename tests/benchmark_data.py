@@ -4,16 +4,16 @@ import io
 from pathlib import Path
 
 import datasets as hf
-from conftest import make_picture
+from conftest import make_image
 
 
 PEOPLE = ["a sign", "sign", "sign", "the sign", "board", "sign", "sign", "sign", "board", "sign"]
 
 
 def encoded(seed: int, height: int = 100, width: int = 60) -> dict:
-    """A picture as `datasets` keeps it in parquet."""
+    """An image as `datasets` keeps it in parquet."""
     buffer = io.BytesIO()
-    make_picture(height, width, seed).save(buffer, format="PNG")
+    make_image(height, width, seed).save(buffer, format="PNG")
     return {"bytes": buffer.getvalue(), "path": f"{seed}.png"}
 
 
@@ -102,7 +102,7 @@ def mmbench(index: int) -> dict:
     turned = options[turn:] + options[:turn]
     return {
         "index": index // 4 + 1_000_000 * turn,
-        "question": f"Which thing is in picture {index // 4}?",
+        "question": f"Which thing is in image {index // 4}?",
         "hint": "Look at the middle." if index // 4 % 2 else "nan",
         "answer": "ABCD"[turned.index("a square")],
         **dict(zip("ABCD", turned, strict=True)),
@@ -148,7 +148,7 @@ def realworldqa(index: int) -> dict:
 def scienceqa(index: int) -> dict:
     return {
         "image": encoded(index),
-        "question": f"Which property do the objects of picture {index} have in common?",
+        "question": f"Which property do the objects of image {index} have in common?",
         "choices": ["soft", "yellow", "fragile"],
         "answer": index % 3,
         "hint": "Select the best answer." if index % 2 else "",
@@ -245,7 +245,7 @@ ROWS = {
 
 
 def save(rows: list[dict], path: Path) -> Path:
-    """Rows as a parquet file with the type of pictures that the Hub's have."""
+    """Rows as a parquet file with the type of images that the Hub's have."""
     dataset = hf.Dataset.from_list(rows)
     if "image" in dataset.column_names:
         several = isinstance(next(row["image"] for row in rows if row["image"] is not None), list)
@@ -259,8 +259,8 @@ def make(name: str, folder: Path, samples: int = 12) -> Path:
     """A local copy of a benchmark's data set as it lies on the Hub, and the path to give."""
     rows = [ROWS[name](index) for index in range(samples)]
     if name == "gqa":
-        pictures = [{"id": f"n{index}", "image": encoded(index)} for index in range(3)]
+        images = [{"id": f"n{index}", "image": encoded(index)} for index in range(3)]
         save(rows, folder / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet")
-        save(pictures, folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet")
+        save(images, folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet")
         return folder
     return save(rows, folder / f"{name}.parquet")

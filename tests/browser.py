@@ -105,7 +105,7 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def upload(self, selector: str, path: Path) -> None:
-        """Chooses a file in a file input, as if in the system's dialogue."""
+        """Chooses a file in a file input, as if in the system's dialog."""
         self.wait(f"document.querySelector({json.dumps(selector)}) !== null")
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]

@@ -1,6 +1,6 @@
 """Small tokenizers with the special tokens and the chat templates of today's language models.
 
-The templates are those that TRL stores to recognise the families by, read from the installed package, along with its
+The templates are those that TRL stores to recognize the families by, read from the installed package, along with its
 training variants of them.
 """
 

@@ -1,4 +1,4 @@
-"""Tiny models, processors and pictures that every layer's tests share. Nothing is downloaded."""
+"""Tiny models, processors and images that every layer's tests share. Nothing is downloaded."""
 
 import os
 
@@ -77,8 +77,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_processor(side: int = SIDE, stride: int = 64, **kwargs) -> ConvLlavaProcessor:
     template = TEMPLATE.read_text().replace('set after_bos = " "', 'set after_bos = ""', 1)
     names = ("image_aspect_ratio", "min_pixels", "max_pixels", "preset")
-    of_pictures = {name: kwargs.pop(name) for name in names if name in kwargs}
-    image_processor = ConvLlavaImageProcessor(size=side, stride=stride, **of_pictures)
+    of_images = {name: kwargs.pop(name) for name in names if name in kwargs}
+    image_processor = ConvLlavaImageProcessor(size=side, stride=stride, **of_images)
     return ConvLlavaProcessor(image_processor, make_tokenizer(), chat_template=template, **kwargs)
 
 
@@ -98,7 +98,7 @@ TEXT_SHAPE = {
 
 
 def make_config(text: str = "llama", depths=(1, 1, 2, 1, 1), **kwargs) -> ConvLlavaConfig:
-    """A configuration whose random model answers differently to different pictures (large initial weights)."""
+    """A configuration whose random model answers differently to different images (large initial weights)."""
     widths = [8, 12, 16, 24, 32][: len(depths)]
     return ConvLlavaConfig(
         vision_config={
@@ -123,25 +123,25 @@ def make_model(config: ConvLlavaConfig | None = None, seed: int = 0, **kwargs) -
     return model
 
 
-def make_picture(height: int = 100, width: int = 60, seed: int = 0, mode: str = "RGB") -> Image.Image:
-    """A picture with structure at every scale, different for every seed."""
+def make_image(height: int = 100, width: int = 60, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """An image with structure at every scale, different for every seed."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     noise = rng.integers(-20, 20, (height, width, 3))
     return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8)).convert(mode)
 
 
-def picture_with_broken_exif() -> bytes:
-    """A JPEG of whole pixels, beside data that PIL reads and stumbles over when it turns the picture upright."""
+def image_with_broken_exif() -> bytes:
+    """A JPEG of whole pixels, beside data that PIL reads and stumbles over when it turns the image upright."""
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010E] = 6, "a text"  # orientation, description
-    make_picture().save(buffer, format="JPEG", exif=exif)
+    make_image().save(buffer, format="JPEG", exif=exif)
     return buffer.getvalue().replace(b"\x01\x0e", b"\x01\x00", 1)  # the text becomes that of the width
 
 
-def ask(question: str, *pictures) -> list[dict]:
-    """A conversation of one user turn with pictures first."""
-    content = [{"type": "image", "image": picture} for picture in pictures]
+def ask(question: str, *images) -> list[dict]:
+    """A conversation of one user turn with images first."""
+    content = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
 

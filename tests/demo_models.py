@@ -14,7 +14,7 @@ from convllava_hf.inference import Assistant
 
 
 BOXES = "A blue mug at [0.41, 0.44, 0.65, 0.70] and a red ball at [0.12, 0.55, 0.31, 0.72]."
-PLAIN = "The sign says HARBOUR STREET.\nBelow it: City centre, 3 km."
+PLAIN = "The sign says HARBOUR STREET.\nBelow it: City center, 3 km."
 LONG = "on and " * 120
 
 

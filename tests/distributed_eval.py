@@ -18,14 +18,14 @@ from convllava_hf.evaluation import runner
 
 
 def run(arguments: list[str]) -> dict:
-    asked, append = [], runner.Journal.append
+    asked, append = [], runner.PredictionLog.append
 
     def noted(self, rows):
         rows = list(rows)
         asked.extend(row["id"] for row in rows)
         append(self, rows)
 
-    runner.Journal.append = noted
+    runner.PredictionLog.append = noted
     code = main(["eval", *arguments])
     return {
         "code": code,

@@ -1,4 +1,4 @@
-"""Two training steps with sharded weights, started by torchrun in two processes; in each step one has a picture.
+"""Two training steps with sharded weights, started by torchrun in two processes; in each step one has an image.
 
     torchrun --nproc_per_node 2 distributed_step.py KIND FOLDER
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import make_model, make_picture, make_processor
+from conftest import make_image, make_model, make_processor
 
 
 TEXTS = (
@@ -23,9 +23,9 @@ TEXTS = (
 RATE = 0.1
 
 
-def make_batch(picture: bool) -> dict:
-    images = [make_picture()] if picture else None
-    inputs = make_processor()(text=TEXTS[0 if picture else 1], images=images, return_tensors="pt")
+def make_batch(image: bool) -> dict:
+    images = [make_image()] if image else None
+    inputs = make_processor()(text=TEXTS[0 if image else 1], images=images, return_tensors="pt")
     labels = inputs["input_ids"].clone()
     labels[:, :20] = -100
     return {**inputs, "labels": labels}
@@ -38,7 +38,7 @@ def loss_of(model, batch: dict, fused: bool) -> torch.Tensor:
 
 def unsharded_step(model, optimizer, fused: bool) -> tuple[dict, dict, list[float]]:
     """Gradients, weights after a step and losses of one process that has both batches."""
-    losses = [loss_of(model, make_batch(picture), fused) for picture in (True, False)]
+    losses = [loss_of(model, make_batch(image), fused) for image in (True, False)]
     optimizer.zero_grad()
     (sum(losses) / 2).backward()
     gradients = {name: one.grad.clone() for name, one in model.named_parameters()}
@@ -47,8 +47,8 @@ def unsharded_step(model, optimizer, fused: bool) -> tuple[dict, dict, list[floa
     return gradients, weights, [loss.item() for loss in losses]
 
 
-def has_picture(step: int) -> bool:
-    """Whether this process has the picture: in the first step the first one, in the second step the second."""
+def has_image(step: int) -> bool:
+    """Whether this process has the image: in the first step the first one, in the second step the second."""
     return dist.get_rank() == step
 
 
@@ -74,11 +74,11 @@ def furthest(ours: dict, theirs: dict) -> float:
 
 
 def evaluated(model, reference, fused: bool) -> list[float]:
-    """This process's losses in evaluation, with and without sharding; here, too, a picture is on one alone."""
+    """This process's losses in evaluation, with and without sharding; here, too, an image is on one alone."""
     model.eval()
     reference.eval()
     with torch.no_grad():
-        return [loss_of(one, make_batch(has_picture(0)), fused).item() for one in (model, reference)]
+        return [loss_of(one, make_batch(has_image(0)), fused).item() for one in (model, reference)]
 
 
 def fsdp2_steps(checkpointed: bool, fused: bool):
@@ -103,7 +103,7 @@ def fsdp2_steps(checkpointed: bool, fused: bool):
     other = torch.optim.SGD(reference.parameters(), lr=RATE)
     for step in range(2):
         gradients, weights, losses = unsharded_step(reference, other, fused)
-        loss = loss_of(model, make_batch(has_picture(step)), fused)
+        loss = loss_of(model, make_batch(has_image(step)), fused)
         optimizer.zero_grad()
         loss.backward()
         found = {name: one.grad.full_tensor() for name, one in model.named_parameters()}
@@ -137,7 +137,7 @@ def deepspeed_steps(stage: int, checkpointed: bool):
     }
     for step in range(2):
         gradients, weights, losses = unsharded_step(reference, other, fused=False)
-        loss = loss_of(engine, make_batch(has_picture(step)), fused=False)
+        loss = loss_of(engine, make_batch(has_image(step)), fused=False)
         engine.backward(loss)
         found = {name: safe_get_full_grad(one) for name, one in model.named_parameters()}
         engine.step()
@@ -149,8 +149,8 @@ def deepspeed_steps(stage: int, checkpointed: bool):
 
 def compared(loss, losses, step, gradients, expected_gradients, weights, expected_weights) -> dict:
     return {
-        "picture": has_picture(step),
-        "loss": [loss.item(), losses[0 if has_picture(step) else 1]],
+        "image": has_image(step),
+        "loss": [loss.item(), losses[0 if has_image(step) else 1]],
         "gradients": furthest(gradients, expected_gradients),
         "weights": furthest(weights, expected_weights),
     }

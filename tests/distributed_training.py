@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from convllava_hf.data.pictures import SafePictureCollator
+from convllava_hf.data.collator import SafeImageCollator
 from convllava_hf.train import main
 
 
@@ -25,11 +25,11 @@ def one_run(arguments: list[str]) -> dict:
         seen.append([[example["sample"], len(example["images"] or ())] for example in examples])
         return collate(self, examples)
 
-    collate, SafePictureCollator.__call__ = SafePictureCollator.__call__, noted
+    collate, SafeImageCollator.__call__ = SafeImageCollator.__call__, noted
     try:
         trainer = main(arguments)
     finally:
-        SafePictureCollator.__call__ = collate
+        SafeImageCollator.__call__ = collate
     return {
         "processes": trainer.accelerator.num_processes,
         "world": torch.distributed.get_world_size(),

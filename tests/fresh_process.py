@@ -27,15 +27,15 @@ values = json.loads(Path({values!r}).read_text())
 result = None
 """
 
-# Defines `answers(folder, names)`: what each of these Auto classes answers to one picture, and with what code.
+# Defines `answers(folder, names)`: what each of these Auto classes answers to one image, and with what code.
 ANSWERS = '''
 from PIL import Image
 
 def answers(folder, names, **kwargs):
     """Greedy answers of a checkpoint loaded through each of the named Auto classes, and where the code is from."""
     processor = transformers.AutoProcessor.from_pretrained(folder, **kwargs)
-    picture = Image.open(values["picture"])
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": values["question"]}]
+    image = Image.open(values["image"])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": values["question"]}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",

@@ -17,8 +17,8 @@ _SIGN_COLORS = ((20, 20, 20), (248, 248, 248))  # its frame and its paper
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A thing found in a picture; its box in pixels, right and bottom past the last one, or unknown."""
+class DetectedThing:
+    """A thing found in an image; its box in pixels, right and bottom past the last one, or unknown."""
 
     color: str
     shape: str
@@ -31,44 +31,44 @@ def digits():
     return load_digits()
 
 
-def see(picture: Image.Image) -> list[Seen]:
-    """The things in a picture: connected pixels of a thing's very colour, named by what of their box they fill."""
-    pixels = np.asarray(picture)
+def see(image: Image.Image) -> list[DetectedThing]:
+    """The things in an image: connected pixels of a thing's very color, named by what of their box they fill."""
+    pixels = np.asarray(image)
     things = []
     for color, value in COLORS.items():
         labels, _ = ndimage.label((pixels == value).all(-1), np.ones((3, 3)))
         for number, where in enumerate(ndimage.find_objects(labels), start=1):
-            things.append(Seen(color, _shape(labels[where] == number), _box(where)))
+            things.append(DetectedThing(color, _shape(labels[where] == number), _box(where)))
     return things
 
 
-def see_signs(picture: Image.Image) -> list[tuple[int, int, int, int]]:
-    """The boxes in pixels of signs: connected parts of their two colours that are not within others."""
-    pixels = np.asarray(picture)
+def see_signs(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """The boxes in pixels of signs: connected parts of their two colors that are not within others."""
+    pixels = np.asarray(image)
     labels, _ = ndimage.label(np.any([(pixels == value).all(-1) for value in _SIGN_COLORS], axis=0))
     boxes = [_box(where) for where in ndimage.find_objects(labels)]
     return [box for box in boxes if not any(box != other and _within(box, other) for other in boxes)]
 
 
-def see_sign(picture: Image.Image) -> tuple[int, int, int, int]:
+def see_sign(image: Image.Image) -> tuple[int, int, int, int]:
     """The box in pixels of the only sign."""
-    (box,) = see_signs(picture)
+    (box,) = see_signs(image)
     return box
 
 
-def handwriting_in(picture: Image.Image, box) -> int:
+def handwriting_in(image: Image.Image, box) -> int:
     """The index in scikit-learn's set of the handwritten digit that is most like what stands in the box of a sign."""
-    ink = 255 - np.asarray(_inside(picture, box).resize((8, 8), Image.Resampling.BOX)).astype(float)
+    ink = 255 - np.asarray(_inside(image, box).resize((8, 8), Image.Resampling.BOX)).astype(float)
     return int(np.argmax(_likeness(ink, digits().images)))
 
 
-def print_in(picture: Image.Image, box) -> int:
+def print_in(image: Image.Image, box) -> int:
     """The printed digit that is most like what stands in the box of a sign."""
-    return int(np.argmax(_likeness(_cut_out(_inside(picture, box)), _printed())))
+    return int(np.argmax(_likeness(_cut_out(_inside(image, box)), _printed())))
 
 
-def answer_of(text: str, things: list[Seen], digit: int, side: int = 256) -> str:
-    """The answer to a question about these things and a sign with this digit; `side` of the picture in pixels."""
+def answer_of(text: str, things: list[DetectedThing], digit: int, side: int = 256) -> str:
+    """The answer to a question about these things and a sign with this digit; `side` of the image in pixels."""
     if text == "What does the sign say?":
         return str(digit)
     if match := re.fullmatch(r"What color is the (\w+)\?", text):
@@ -92,7 +92,7 @@ def answer_of(text: str, things: list[Seen], digit: int, side: int = 256) -> str
     raise AssertionError(f"An unknown question: {text!r}")
 
 
-def names_in_order(things: list[Seen], digit: int, side: int, boxes: bool) -> list[str]:
+def names_in_order(things: list[DetectedThing], digit: int, side: int, boxes: bool) -> list[str]:
     """Names of things, the sign's among them (a thing of shape `sign`), row by row and from left to right."""
     named = []
     for thing in sorted(things, key=lambda thing: place(thing.box, side)):
@@ -138,11 +138,11 @@ def _within(box, other) -> bool:
     return other[0] <= box[0] and other[1] <= box[1] and box[2] <= other[2] and box[3] <= other[3]
 
 
-def _inside(picture: Image.Image, box) -> Image.Image:
+def _inside(image: Image.Image, box) -> Image.Image:
     """What stands on the sign, without its frame."""
     left, top, right, bottom = box
     edge = max(1, round((right - left) * 0.08))
-    return picture.convert("L").crop((left + edge, top + edge, right - edge, bottom - edge))
+    return image.convert("L").crop((left + edge, top + edge, right - edge, bottom - edge))
 
 
 @functools.cache
@@ -169,7 +169,7 @@ def _cut_out(page: Image.Image) -> np.ndarray:
 
 
 def _likeness(one: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """Correlations of a picture (height, width) with many (n, height, width)."""
+    """Correlations of an image (height, width) with many (n, height, width)."""
     one, many = one.reshape(-1) - one.mean(), many.reshape(len(many), -1)
     many = many - many.mean(1, keepdims=True)
     return many @ one / np.linalg.norm(many, axis=1) / np.linalg.norm(one)

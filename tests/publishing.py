@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 
 import huggingface_hub
-from hub_double import Hub, serve_hub
+from fake_hub import Hub, serve_hub
 from huggingface_hub import constants
 
 

@@ -16,14 +16,14 @@ from convllava_hf.demo.serving import page_of
 
 
 ASK = "document.querySelector('#question .submit-button') !== null"
-PICTURE = Path(__file__).parents[1] / "docs" / "demo.png"
+IMAGE = Path(__file__).parents[1] / "docs" / "demo.png"
 
 
 def ask(browser, example: int, question: str | None = None) -> None:
     browser.wait(ASK)
     if question is None:
         browser.click(f"#examples .gallery-item:nth-child({example})")
-        browser.wait("document.querySelector('#picture img') !== null")
+        browser.wait("document.querySelector('#image img') !== null")
         browser.wait("document.querySelector('#status').innerText.includes('What about it?')")
     else:
         browser.type("#question textarea", question)
@@ -35,7 +35,7 @@ def ask(browser, example: int, question: str | None = None) -> None:
 def take(url: str, path: Path, **size) -> None:
     with chromium() as browser:
         browser.open(url, **size)
-        browser.wait("document.querySelector('#picture input[type=file]') !== null")
+        browser.wait("document.querySelector('#image input[type=file]') !== null")
         ask(browser, 4)
         browser.wait("document.querySelector('#chat img')?.naturalWidth > 0")
         browser.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--phone", type=Path, help="also take one on a phone's width")
     args = parser.parse_args()
     with page_of(scripted_assistant(1536), "A tiny model with scripted answers", limits=Limits()) as url:
-        take(url, PICTURE, width=1200, height=900)
+        take(url, IMAGE, width=1200, height=900)
         if args.phone:
             take(url, args.phone, width=390, height=844, phone=True)
 

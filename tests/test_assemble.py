@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ask, make_picture
-from parts import IMAGE, SMALL, load_fully, make_language_model, make_tower
+from conftest import ask, make_image
 from safetensors.torch import load_file, save_file
+from tiny_models import IMAGE, SMALL, load_fully, make_language_model, make_tower
 from transformers import AutoModelForCausalLM, ConvNextModel
 
 from convllava_hf import ConvLlavaProcessor
@@ -53,10 +53,10 @@ def test_tower_and_language_model_are_unchanged(assembled, tower, language_model
 
 
 def test_the_whole_thing_answers(assembled):
-    """Batch of a text and a picture through template, processor and generate; nothing suppressed is generated."""
+    """Batch of a text and an image through template, processor and generate; nothing suppressed is generated."""
     model, processor = load_fully(assembled), ConvLlavaProcessor.from_pretrained(assembled)
-    picture = make_picture(90, 70)
-    prompts = [ask("What is this?", picture), ask("And you?")]
+    image = make_image(90, 70)
+    prompts = [ask("What is this?", image), ask("And you?")]
     inputs = processor.apply_chat_template(
         prompts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
     )
@@ -94,7 +94,7 @@ def test_no_extra_stage(tower, language_model, tmp_path):
     assert model.config.vision_config.image_size == 96
 
 
-def test_picture_settings_come_from_the_tower(assembled):
+def test_image_settings_come_from_the_tower(assembled):
     image_processor = ConvLlavaProcessor.from_pretrained(assembled).image_processor
     assert image_processor.image_mean == [0.1, 0.2, 0.3] and image_processor.image_std == [0.4, 0.5, 0.6]
     assert image_processor.resample == 2 and image_processor.size == {"height": 128, "width": 128}
@@ -160,7 +160,7 @@ def test_rope_settings_are_kept(tower, tmp_path):
 # --- chat templates -------------------------------------------------------------------------------------------------
 
 
-def test_a_template_for_strings_gets_pictures(assembled):
+def test_a_template_for_strings_gets_images(assembled):
     processor = ConvLlavaProcessor.from_pretrained(assembled)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
     system = {"role": "system", "content": "Be short."}
@@ -175,16 +175,16 @@ def test_a_template_for_strings_gets_pictures(assembled):
     assert processor.image_suffix == ""
 
 
-def test_a_template_that_knows_pictures_is_kept(tower, tmp_path):
+def test_a_template_that_knows_images_is_kept(tower, tmp_path):
     template = (
         "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
         "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
     )
     folder = make_language_model(tmp_path / "language", template=template)
     processor = ConvLlavaProcessor.from_pretrained(assemble(tmp_path / "out", vision=tower, text=folder, **SMALL))
-    turns = [*ask("What?", make_picture()), {"role": "assistant", "content": "A cat."}]
+    turns = [*ask("What?", make_image()), {"role": "assistant", "content": "A cat."}]
     assert processor.apply_chat_template(turns, tokenize=False) == "user: <image>What?</s>assistant: A cat.</s>"
-    assert "with_pictures" not in processor.chat_template  # it writes images itself
+    assert "with_images" not in processor.chat_template  # it writes images itself
 
 
 def test_generation_markers_are_kept(tower, tmp_path):
@@ -194,7 +194,7 @@ def test_generation_markers_are_kept(tower, tmp_path):
     )
     folder = make_language_model(tmp_path / "language", template=template)
     processor = ConvLlavaProcessor.from_pretrained(assemble(tmp_path / "out", vision=tower, text=folder, **SMALL))
-    turns = [*ask("What?", make_picture()), {"role": "assistant", "content": "A cat."}]
+    turns = [*ask("What?", make_image()), {"role": "assistant", "content": "A cat."}]
     told = processor.tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     answer = [i for i, mask in zip(told["input_ids"], told["assistant_masks"], strict=True) if mask]
     assert processor.decode(answer) == "A cat."
@@ -207,7 +207,7 @@ def test_no_template_means_vicunas(tower, tmp_path, bos):
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": bos}))
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     processor = ConvLlavaProcessor.from_pretrained(assemble(tmp_path / "out", vision=tower, text=folder, **SMALL))
-    text = processor.apply_chat_template(ask("What?", make_picture()), add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(ask("What?", make_image()), add_generation_prompt=True, tokenize=False)
     assert text.startswith(f"{bos or ''}A chat between") and text.endswith("USER: <image>\nWhat? ASSISTANT:")
 
 
@@ -244,14 +244,14 @@ def test_refusals(tower, language_model, tmp_path):
     (encoder / "config.json").write_text('{"model_type": "vit"}')
     scaled = make_language_model(tmp_path / "scaled", "falcon_h1", lm_head_multiplier=0.5)
     for arguments, message in (
-        ({"resolution": 700}, "no multiple of the tower's stride of 64 pixels .*nearest possible are 640 and 704"),
+        ({"resolution": 700}, "not a multiple of the tower's stride of 64 pixels .*nearest possible are 640 and 704"),
         ({"resolution": 10}, "nearest possible are 64 and 128"),
         ({"extra_stage_depth": -1}, "An extra stage of -1 blocks"),
         ({"vision": swin}, "holds a 'swin', but ConvLLaVA's vision tower is a ConvNeXt"),
         ({"vision": tmp_path / "nowhere"}, "there is no folder"),
         ({"vision": "nobody/nothing"}, "'nobody/nothing'"),
         ({"text": "nobody/nothing"}, "'nobody/nothing'"),
-        ({"text": encoder}, "holds no causal language model"),
+        ({"text": encoder}, "does not hold a causal language model"),
         ({"text": scaled}, "lm_head_multiplier=0.5"),
         ({"dtype": "float8"}, "expected float32, float16 or bfloat16"),
         ({"output": tower}, "exists already"),

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from parts import SMALL, load_fully, make_language_model, randomised
 from safetensors.torch import save_file
+from tiny_models import SMALL, load_fully, make_language_model, randomized
 
 from convllava_hf import ConvLlavaProcessor
 from convllava_hf.convert import assemble
@@ -33,7 +33,7 @@ TIMM = {
 def test_features_equal_timms(language_model, tmp_path, variant, kind):
     if kind == "folder" and variant == "no layer scale":
         pytest.skip("timm leaves arguments that are None out of its config.json")
-    model = randomised(timm.create_model("convnext_atto", pretrained=False, **{"conv_mlp": False, **TIMM[variant]}))
+    model = randomized(timm.create_model("convnext_atto", pretrained=False, **{"conv_mlp": False, **TIMM[variant]}))
     if kind == "pth":
         source = tmp_path / "tower.pth"
         torch.save({"state_dict": model.state_dict(), "epoch": 3}, source)
@@ -61,7 +61,7 @@ def test_timm_names(language_model, tmp_path, monkeypatch, caplog):
 
     def without_download(name, pretrained):
         assert pretrained
-        made[name] = randomised(create(name, pretrained=False))
+        made[name] = randomized(create(name, pretrained=False))
         return made[name]
 
     monkeypatch.setattr(timm, "create_model", without_download)
@@ -82,7 +82,7 @@ def test_timm_names(language_model, tmp_path, monkeypatch, caplog):
 
 def test_norms_of_another_eps(language_model, tmp_path, monkeypatch):
     """ConvNeXt-XXL's 1e-5, and a GELU by its tanh formula."""
-    original = randomised(timm.create_model("test_convnext", pretrained=False))
+    original = randomized(timm.create_model("test_convnext", pretrained=False))
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: original)
     model = load_fully(assemble(tmp_path / "out", vision="test_convnext", text=language_model, **SMALL))
     assert model.config.vision_config.hidden_act == "gelu_pytorch_tanh"
@@ -108,7 +108,7 @@ def test_the_papers_tower(monkeypatch):
 
 
 def test_open_clip_file(language_model, tmp_path):
-    model = randomised(timm.create_model("convnext_atto", conv_mlp=False, **TIMM["linear"]))
+    model = randomized(timm.create_model("convnext_atto", conv_mlp=False, **TIMM["linear"]))
     weights = {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items() if "head" not in name}
     weights |= {"visual.head.proj.weight": torch.ones(2), "text.token_embedding.weight": torch.ones(3)}
     save_file(weights | {"logit_scale": torch.ones(())}, tmp_path / "open_clip_model.safetensors")

@@ -15,13 +15,13 @@ import pytest
 from convllava_hf import atomic
 from convllava_hf.atomic import (
     BusyError,
-    check_place,
+    check_destination,
     discard_folder,
-    lock_beside,
+    lock_next_to,
     naming,
     replacing_folder,
     temporary_folder,
-    write_whole,
+    write_atomic,
 )
 from convllava_hf.errors import ConvLlavaError
 
@@ -120,7 +120,7 @@ def test_without_an_exchange_the_next_run_puts_the_old_folder_back(tmp_path, poi
     out = old_folder(tmp_path / "out")
     killed(out, point, "two renames")
     assert (out.exists() and (out / "config.json").read_text()) == (there or False)
-    with lock_beside(out):  # whatever comes next, even if it only looks
+    with lock_next_to(out):  # whatever comes next, even if it only looks
         assert (out / "config.json").read_text() == (there or "old")
     assert names(tmp_path) == ["out"]
 
@@ -131,7 +131,7 @@ def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path):
     for name in kept:
         (tmp_path / name).mkdir()
     (tmp_path / ".out.0123abcd.partial").mkdir()
-    with lock_beside(out):
+    with lock_next_to(out):
         pass
     assert names(tmp_path) == sorted([*kept, "out"])
 
@@ -139,7 +139,7 @@ def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path):
 def test_one_at_a_time(tmp_path):
     out = tmp_path / "out"
     with replacing_folder(out) as folder:
-        for attempt in (replacing_folder, lock_beside):
+        for attempt in (replacing_folder, lock_next_to):
             with pytest.raises(BusyError, match="out is being written by another process"), attempt(out):
                 pass
         (folder / "mine").touch()
@@ -150,13 +150,13 @@ def test_one_at_a_time(tmp_path):
 def test_a_lock_is_free_again_when_its_holder_was_killed(tmp_path):
     killed(tmp_path / "out", "writing", "exchange")
     assert [name for name in names(tmp_path) if name.endswith(".lock")], "the test needs a lock that was left"
-    with lock_beside(tmp_path / "out"):
+    with lock_next_to(tmp_path / "out"):
         pass
     assert names(tmp_path) == []
 
 
 def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
-    with lock_beside(tmp_path / "out"):
+    with lock_next_to(tmp_path / "out"):
         reads, writes = os.pipe()
         child = os.fork()
         if child == 0:  # waits until the test ends
@@ -217,7 +217,7 @@ def test_long_names_have_room_for_what_is_added(tmp_path):
     out = tmp_path / ("x" * 250)
     with replacing_folder(out) as folder:
         (folder / "a").touch()
-    write_whole(out / ("y" * 250), b"1")
+    write_atomic(out / ("y" * 250), b"1")
     assert names(out) == ["a", "y" * 250]
 
 
@@ -230,7 +230,7 @@ def test_discarding_is_one_step(tmp_path):
     )
     killed(out, code=code)
     assert not out.exists() and len(names(tmp_path)) == 1
-    with lock_beside(out):
+    with lock_next_to(out):
         assert names(tmp_path) == [".out.lock"]
     old_folder(out)
     discard_folder(out)
@@ -238,26 +238,26 @@ def test_discarding_is_one_step(tmp_path):
 
 
 def test_a_file_is_whole_and_leftovers_of_the_dead_are_cleared(tmp_path):
-    path = write_whole(tmp_path / "record.json", b"old")
+    path = write_atomic(tmp_path / "record.json", b"old")
     code = (
         "import os, signal, sys; from pathlib import Path; from convllava_hf import atomic\n"
         "os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "atomic.write_whole(Path(sys.argv[1]), b'new')"
+        "atomic.write_atomic(Path(sys.argv[1]), b'new')"
     )
     killed(path, code=code)
     assert path.read_bytes() == b"old" and len(names(tmp_path)) == 2
-    write_whole(path, b"newer")
+    write_atomic(path, b"newer")
     assert path.read_bytes() == b"newer" and names(tmp_path) == ["record.json"]
 
 
 def test_writing_a_file_keeps_links_and_refuses_what_is_no_file(tmp_path):
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
-    write_whole(tmp_path / "link", b"new")
+    write_atomic(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "fifo", b"new")
+        write_atomic(tmp_path / "fifo", b"new")
     assert (tmp_path / "fifo").is_fifo()
 
 
@@ -285,11 +285,14 @@ def test_an_error_of_the_disk_names_the_file_that_was_written(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
 def test_a_full_disk_names_the_file_of_samples(tmp_path):
-    from convllava_hf.evaluation.journal import Journal
+    from convllava_hf.evaluation.prediction_log import PredictionLog
 
     (tmp_path / "samples.00000.part.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="samples.00000.part.jsonl") as caught, Journal(tmp_path, 0) as journal:
-        journal.append([{"id": "1"}])
+    with (
+        pytest.raises(OSError, match="samples.00000.part.jsonl") as caught,
+        PredictionLog(tmp_path, 0) as prediction_log,
+    ):
+        prediction_log.append([{"id": "1"}])
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -300,12 +303,12 @@ def test_places_of_the_operating_system_are_refused(place, tmp_path):
     (tmp_path / "link").symlink_to(place)
     for path in (place, tmp_path / "link"):
         with pytest.raises(ConvLlavaError, match="--output is .*: name another place"):
-            check_place(path, "--output")
+            check_destination(path, "--output")
 
 
 def test_a_persons_places_are_taken(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ConvLlavaError, match="FIFO"):
-        check_place(tmp_path / "fifo", "--output")
+        check_destination(tmp_path / "fifo", "--output")
     for place in (tmp_path / "new", tmp_path, "/dev/shm/runs", "relative/runs", "/opt/runs", json.dumps("x")):
-        assert check_place(place, "--output") == Path(place)
+        assert check_destination(place, "--output") == Path(place)

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 from chat_families import FAMILIES, MISTRAL, NO_TEMPLATE, family_tokenizer, stored_template
-from conftest import make_picture, make_processor
-from parts import CHATML, SMALL, make_language_model, make_tower, plain_tokenizer
+from conftest import make_image, make_processor
+from tiny_models import CHATML, SMALL, make_language_model, make_tower, plain_tokenizer
 
 from convllava_hf import ConvLlavaImageProcessor, ConvLlavaProcessor, chat_templates, cli
 from convllava_hf.chat_templates import assistant_mask_error, has_generation_markers, time_limit
 from convllava_hf.convert import assemble
-from convllava_hf.convert.templates import template_with_pictures
+from convllava_hf.convert.templates import template_with_images
 from convllava_hf.convert.tokenizers import add_image_token, prefix_after
 from convllava_hf.errors import ConvLlavaError
 
@@ -69,7 +69,7 @@ def marked(tokenizer):
     """A tokenizer as `assemble` changes it."""
     add_image_token(tokenizer)
     after_bos = prefix_after(tokenizer, tokenizer.bos_token) if tokenizer.bos_token else ""
-    tokenizer.chat_template = template_with_pictures(tokenizer, after_bos)
+    tokenizer.chat_template = template_with_images(tokenizer, after_bos)
     return tokenizer
 
 
@@ -165,7 +165,7 @@ def test_a_batch_with_images(families):
         processor = ConvLlavaProcessor(image_processor, ours, chat_template=ours.chat_template)
         batch = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)(
             [
-                {"messages": parts(ONE), "images": [make_picture()]},
+                {"messages": parts(ONE), "images": [make_image()]},
                 {"messages": parts(CONVERSATIONS["text only"]), "images": []},
             ]
         )
@@ -312,7 +312,7 @@ def test_a_training_variant_of_trl_s_is_kept(name):
     tokenizer = family_tokenizer(name)
     add_image_token(tokenizer)
     given = stored_template(f"{name}_training")
-    found = template_with_pictures(tokenizer, "", given)
+    found = template_with_images(tokenizer, "", given)
     assert found.endswith(given) and has_generation_markers(found)
     assert supervised(tokenizer, parts(TWO), found) == supervised(tokenizer, TWO, given)
 
@@ -324,7 +324,7 @@ UNMARKED = "{{ bos_token }}" + CHATML.replace("message['content']", "message['co
 
 def test_training_refuses_a_template_without_marks():
     pytest.importorskip("trl")
-    from convllava_hf.training.templates import check_chat_template
+    from convllava_hf.training.template_check import check_chat_template
 
     processor = make_processor()
     check_chat_template(processor, assistant_only_loss=True)
@@ -338,7 +338,7 @@ def test_training_refuses_a_template_without_marks():
 def test_training_leaves_alone_what_trl_swaps():
     """Templates that TRL knows by their text are trained with its variant of them."""
     pytest.importorskip("trl")
-    from convllava_hf.training.templates import check_chat_template
+    from convllava_hf.training.template_check import check_chat_template
 
     processor = make_processor()
     processor.chat_template = stored_template("qwen2_5_vl")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from convllava_hf.training.checkpoints import fault_of_checkpoint, last_whole_checkpoint
+from convllava_hf.training.checkpoints import checkpoint_error, get_last_complete_checkpoint
 
 
 pytest.importorskip("accelerate")
@@ -53,8 +53,8 @@ def cut(file: Path, size: int) -> None:
 
 
 def test_the_newest_whole_checkpoint_is_taken(finished, caplog):
-    assert last_whole_checkpoint(finished) == finished / "checkpoint-2"
-    assert fault_of_checkpoint(finished / "checkpoint-1") is None
+    assert get_last_complete_checkpoint(finished) == finished / "checkpoint-2"
+    assert checkpoint_error(finished / "checkpoint-1") is None
     assert not caplog.records
 
 
@@ -69,10 +69,10 @@ def test_a_file_that_resuming_reads_is_found_cut_off_at_any_length(finished, run
             {0, 1, 7, 8, 9, size // 10, size // 2, size - 100, size - 2, size - 1} & set(range(size))
         ):
             cut(file, length)
-            assert fault_of_checkpoint(file.parent), f"{name} of {size} bytes, cut off after {length}"
-            assert last_whole_checkpoint(run) == run / "checkpoint-1"
+            assert checkpoint_error(file.parent), f"{name} of {size} bytes, cut off after {length}"
+            assert get_last_complete_checkpoint(run) == run / "checkpoint-1"
             file.write_bytes(whole)
-    assert last_whole_checkpoint(run) == run / "checkpoint-2"
+    assert get_last_complete_checkpoint(run) == run / "checkpoint-2"
 
 
 def test_a_run_killed_while_it_writes_is_found_at_any_moment(finished, run):
@@ -83,16 +83,16 @@ def test_a_run_killed_while_it_writes_is_found_at_any_moment(finished, run):
         file = run / "checkpoint-2" / name
         if file.stat().st_size > 1:
             cut(file, file.stat().st_size // 2)
-            assert last_whole_checkpoint(run) == run / "checkpoint-1", name
+            assert get_last_complete_checkpoint(run) == run / "checkpoint-1", name
         file.unlink()
-        assert last_whole_checkpoint(run) == run / "checkpoint-1", name
+        assert get_last_complete_checkpoint(run) == run / "checkpoint-1", name
 
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_what_is_missing_is_named(name, run, caplog):
     (run / "checkpoint-2" / name).unlink()
     with caplog.at_level(logging.WARNING):
-        assert last_whole_checkpoint(run) == run / "checkpoint-1"
+        assert get_last_complete_checkpoint(run) == run / "checkpoint-1"
     (record,) = caplog.records
     expected = "no weights" if name == "model.safetensors" else f"{name} is missing"
     assert expected in record.getMessage()
@@ -107,7 +107,7 @@ def test_a_block_of_zeros_is_found(name, run):
     middle = data.index(b"data.pkl") + 100
     data[middle : middle + 64] = bytes(64)
     file.write_bytes(data)
-    assert last_whole_checkpoint(run) == run / "checkpoint-1"
+    assert get_last_complete_checkpoint(run) == run / "checkpoint-1"
 
 
 def test_checkpoints_count_by_their_number(run):
@@ -115,14 +115,14 @@ def test_checkpoints_count_by_their_number(run):
     (run / "checkpoint-best").mkdir()
     (run / "checkpoint-11").mkdir()
     (run / "checkpoint-12").write_text("no folder")
-    assert last_whole_checkpoint(run) == run / "checkpoint-10"
+    assert get_last_complete_checkpoint(run) == run / "checkpoint-10"
 
 
 def test_there_may_be_no_whole_checkpoint(run, tmp_path):
     for step in (1, 2):
         (run / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    assert last_whole_checkpoint(run) is None
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    assert get_last_complete_checkpoint(run) is None
+    assert get_last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_every_shard_of_the_weights_must_be_there(run):
@@ -131,15 +131,15 @@ def test_every_shard_of_the_weights_must_be_there(run):
     (folder / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert fault_of_checkpoint(folder) is None
+    assert checkpoint_error(folder) is None
     whole = shards[1].read_bytes()
     cut(shards[1], len(whole) - 1)
-    assert shards[1].name in fault_of_checkpoint(folder)
+    assert shards[1].name in checkpoint_error(folder)
     shards[1].unlink()
-    assert f"{shards[1].name} of model.safetensors.index.json is missing" == fault_of_checkpoint(folder)
+    assert f"{shards[1].name} of model.safetensors.index.json is missing" == checkpoint_error(folder)
     shards[1].write_bytes(whole)
     cut(folder / "model.safetensors.index.json", 50)
-    assert fault_of_checkpoint(folder) == "model.safetensors.index.json is cut off"
+    assert checkpoint_error(folder) == "model.safetensors.index.json is cut off"
 
 
 # --- wrappers that keep their states under other names, as accelerate and DeepSpeed write them
@@ -176,24 +176,24 @@ def test_sharded_runs_have_whole_checkpoints_too(layout, run):
     folder = run / "checkpoint-2"
     needed = layout(folder)
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
-    assert fault_of_checkpoint(folder) is None
+    assert checkpoint_error(folder) is None
     for name in needed:
         if name == "pytorch_model_fsdp.bin":
             continue  # beside the weights for transformers; without it the layout is another
         kept = (folder / name).read_bytes()
         (folder / name).unlink()
-        assert fault_of_checkpoint(folder), name
+        assert checkpoint_error(folder), name
         (folder / name).write_bytes(kept)
     for file in [*folder.rglob("*.pt"), *folder.rglob("*.bin")]:
         kept = file.read_bytes()
         cut(file, len(kept) // 2)
-        assert fault_of_checkpoint(folder) == f"{file.relative_to(folder)} is cut off"
+        assert checkpoint_error(folder) == f"{file.relative_to(folder)} is cut off"
         file.write_bytes(kept)
-    assert fault_of_checkpoint(folder) is None
+    assert checkpoint_error(folder) is None
 
 
 def test_deepspeed_s_last_states_must_be_those_it_names(run):
     folder = run / "checkpoint-2"
     as_deepspeed(folder)
     (folder / "latest").write_text("global_step")
-    assert fault_of_checkpoint(folder) == "latest is missing or cut off"
+    assert checkpoint_error(folder) == "latest is missing or cut off"

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import make_picture, picture_with_broken_exif
+from conftest import image_with_broken_exif, make_image
 from PIL import Image
 
 from convllava_hf import cli
@@ -33,9 +33,9 @@ def converted(golden, tmp_path_factory):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    make_picture().save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(tmp_path):
+    make_image().save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 def refusal(capsys, *argv: str) -> str:
@@ -64,15 +64,15 @@ def test_ask_prints_what_the_original_answered(converted, golden, golden_cases, 
 
 
 def test_ask_json(converted, golden, golden_cases, capsys):
-    picture = str(golden / "images" / "tall.png")
-    assert cli.main(["ask", str(converted), picture, QUESTION, "--json", *EXACT]) == 0
+    image = str(golden / "images" / "tall.png")
+    assert cli.main(["ask", str(converted), image, QUESTION, "--json", *EXACT]) == 0
     report = json.loads(capsys.readouterr().out)
     seconds = report.pop("total_seconds")
     assert 0 < report.pop("first_token_seconds") <= seconds
     case = golden_cases["tall-ocr"]
     assert report == {
         "model": str(converted),
-        "image": picture,
+        "image": image,
         "question": QUESTION,
         "answer": case["text"],
         "visual_tokens": 25,
@@ -83,32 +83,32 @@ def test_ask_json(converted, golden, golden_cases, capsys):
     }
 
 
-def test_ask_places_the_picture_where_the_question_says(converted, golden, golden_cases, capsys):
+def test_ask_places_the_image_where_the_question_says(converted, golden, golden_cases, capsys):
     question = "Look at <image> and say what it is."
     assert cli.main(["ask", str(converted), str(golden / "images" / "rgba.png"), question, *EXACT]) == 0
     assert capsys.readouterr().out == golden_cases["inline"]["text"] + "\n"
 
 
-def test_ask_with_a_system_message(checkpoint, picture, capsys):
+def test_ask_with_a_system_message(checkpoint, image, capsys):
     outputs = []
     for system in ([], ["--system", "Be brief."]):
-        assert cli.main(["ask", str(checkpoint), str(picture), "What?", "--json", *EXACT, *system]) == 0
+        assert cli.main(["ask", str(checkpoint), str(image), "What?", "--json", *EXACT, *system]) == 0
         outputs.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
     assert outputs[0] > outputs[1]
 
 
-def test_mistakes_in_ask(checkpoint, picture, tmp_path, capsys):
-    (tmp_path / "text.jpg").write_text("no picture")
-    asked = [str(picture), "What?"]
+def test_mistakes_in_ask(checkpoint, image, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("no image")
+    asked = [str(image), "What?"]
     assert "missing.png" in refusal(capsys, "ask", str(checkpoint), "missing.png", "What?")
     assert "text.jpg" in refusal(capsys, "ask", str(checkpoint), str(tmp_path / "text.jpg"), "What?")
     assert "no config.json" in refusal(capsys, "ask", str(tmp_path), *asked)
     assert "no folder 'nowhere'" in refusal(capsys, "ask", "nowhere", *asked)
-    assert "2 times" in refusal(capsys, "ask", str(checkpoint), str(picture), "<image> <image>")
+    assert "2 times" in refusal(capsys, "ask", str(checkpoint), str(image), "<image> <image>")
     assert "'toaster'" in refusal(capsys, "ask", str(checkpoint), *asked, "--device", "toaster")
 
 
-def test_picture_is_read_before_the_model(checkpoint, tmp_path, capsys, monkeypatch):
+def test_image_is_read_before_the_model(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("convllava_hf.inference.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     refusal(capsys, "ask", str(checkpoint), "missing.png", "What?")
     refusal(capsys, "chat", str(checkpoint), "--image", "missing.png")
@@ -125,8 +125,8 @@ def chat(capsys, monkeypatch, lines: list[str], *argv: str) -> tuple[list[str], 
     return captured.out.splitlines(), captured.err
 
 
-def test_chat_remembers(checkpoint, picture, capsys, monkeypatch):
-    from convllava_hf.inference import Assistant, assistant_turn, open_picture, system_turn, user_turn
+def test_chat_remembers(checkpoint, image, capsys, monkeypatch):
+    from convllava_hf.inference import Assistant, assistant_turn, open_image, system_turn, user_turn
 
     answer, asked, answered = Assistant.answer, [], []
 
@@ -136,9 +136,9 @@ def test_chat_remembers(checkpoint, picture, capsys, monkeypatch):
         return answer(self, messages, max_new_tokens=24)
 
     monkeypatch.setattr(Assistant, "answer", recording)
-    argv = [str(checkpoint), "--image", str(picture), "--system", "Be brief."]
-    output, _ = chat(capsys, monkeypatch, ["Describe it.", f"/image {picture}", "And this?", "Why?"], *argv)
-    shown = open_picture(picture)
+    argv = [str(checkpoint), "--image", str(image), "--system", "Be brief."]
+    output, _ = chat(capsys, monkeypatch, ["Describe it.", f"/image {image}", "And this?", "Why?"], *argv)
+    shown = open_image(image)
     expected = [
         system_turn("Be brief."),
         user_turn("Describe it.", [shown]),
@@ -151,27 +151,27 @@ def test_chat_remembers(checkpoint, picture, capsys, monkeypatch):
     assert output == "".join(text + "\n" for text in answered).splitlines()
 
 
-def test_chat_commands(checkpoint, picture, capsys, monkeypatch):
+def test_chat_commands(checkpoint, image, capsys, monkeypatch):
     answers = {}
     for name, lines in {
-        "picture": [f"/image {picture}", "What?"],
+        "image": [f"/image {image}", "What?"],
         "text": ["What?"],
-        "reset": [f"/image {picture}", "What?", "/reset", "What?"],
-        "reset before asking": [f"/image {picture}", "/reset", "What?"],
+        "reset": [f"/image {image}", "What?", "/reset", "What?"],
+        "reset before asking": [f"/image {image}", "/reset", "What?"],
         "quit": ["What?", "/quit", "What?"],
         "blank lines": ["", "  ", "What?"],
         "typo": ["/imagine", "What?"],
-        "bad pictures": ["/image missing.png", "/image", "What?"],
+        "bad images": ["/image missing.png", "/image", "What?"],
         "wrong number": ["What is <image>?", "What?"],
     }.items():
         answers[name], errors = chat(capsys, monkeypatch, lines, str(checkpoint))
-        expected = {"typo": "/imagine", "bad pictures": "missing.png", "wrong number": "1 times"}.get(name, "")
+        expected = {"typo": "/imagine", "bad images": "missing.png", "wrong number": "1 times"}.get(name, "")
         assert expected in errors
-        assert errors.count("\n") == {"bad pictures": 2, "typo": 1, "wrong number": 1}.get(name, 0)
+        assert errors.count("\n") == {"bad images": 2, "typo": 1, "wrong number": 1}.get(name, 0)
     text = answers["text"]
-    assert answers["picture"] != text
-    assert answers["reset"] == answers["picture"] + text
-    for name in ("reset before asking", "quit", "blank lines", "typo", "bad pictures", "wrong number"):
+    assert answers["image"] != text
+    assert answers["reset"] == answers["image"] + text
+    for name in ("reset before asking", "quit", "blank lines", "typo", "bad images", "wrong number"):
         assert answers[name] == text
     output, _ = chat(capsys, monkeypatch, ["/help"], str(checkpoint))
     assert "/image PATH" in output[0]
@@ -182,7 +182,7 @@ def test_chat_goes_on_after_images_of_every_broken_kind(checkpoint, capsys, monk
     os.mkfifo(tmp_path / "pipe.png")
     Image.fromarray(np.linspace(0, 3, 64**2, dtype=np.float32).reshape(64, 64)).save(tmp_path / "bright.tif")
     (tmp_path / "drawing.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    (tmp_path / "exif.jpg").write_bytes(picture_with_broken_exif())
+    (tmp_path / "exif.jpg").write_bytes(image_with_broken_exif())
     bad = [f"/image {tmp_path / name}" for name in ("pipe.png", "bright.tif", "drawing.jpg")]
     text, _ = chat(capsys, monkeypatch, ["What?"], str(checkpoint))
     output, errors = chat(capsys, monkeypatch, [*bad, "What?"], str(checkpoint))
@@ -297,7 +297,7 @@ def test_quickstart_ends_with_commands_that_can_be_typed(monkeypatch, tmp_path, 
     """In a fresh environment too, where its own extra brings no web page."""
     monkeypatch.setattr(sys, "argv", [".venv/bin/convllava", "quickstart"])
     monkeypatch.setattr(cli.quickstart, "find_spec", lambda name: gradio or None)
-    results = {"samples": [{"picture": "samples/00.png", "question": "What is it?"}]}
+    results = {"samples": [{"image": "samples/00.png", "question": "What is it?"}]}
     ask, *install, demo = map(shlex.split, cli.quickstart._next_commands(tmp_path, results))
     for command in (ask, demo):
         assert command.pop(0) == ".venv/bin/convllava"
@@ -314,7 +314,7 @@ from convllava_hf import cli
 from convllava_hf.miniature import findings, quickstart
 
 large = {"torch", "transformers.modeling_utils"}
-findings.find_out = quickstart.quickstart = lambda run, **options: sys.exit(str(large & set(sys.modules)))
+findings.run_ablations = quickstart.quickstart = lambda run, **options: sys.exit(str(large & set(sys.modules)))
 cli.main(["quickstart", *sys.argv[1:]])
 """
 
@@ -453,11 +453,11 @@ def test_ctrl_c_at_the_prompt_ends_without_a_traceback(checkpoint):
 
 
 @pytest.mark.slow
-def test_reader_that_goes_away_is_no_error(checkpoint, picture):
+def test_reader_that_goes_away_is_no_error(checkpoint, image):
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(
-        [sys.executable, "-m", "convllava_hf", "ask", str(checkpoint), str(picture), "What?", *EXACT],
+        [sys.executable, "-m", "convllava_hf", "ask", str(checkpoint), str(image), "What?", *EXACT],
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 from convllava_hf import cli, interrupts
 from convllava_hf.cli.common import shortened
@@ -41,9 +41,9 @@ def refused(capsys, *argv: str) -> str:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     path = tmp_path / "photo.jpg"
-    make_picture().save(path)
+    make_image().save(path)
     return path
 
 
@@ -72,7 +72,7 @@ NEEDED = {
     "inspect": ["f", "--index", "0", "--model", "m"],
     "eval": ["m", "--benchmark", "pope"],
     "push": ["m", "a/b"],
-    "bench": [],
+    "profile": [],
     "quickstart": [],
 }
 
@@ -98,9 +98,9 @@ def test_no_number_is_absurd(capsys, words, action, value):
         ["assemble", "o", "--vision", "v", "--text", "t", "--resolution", HUGE],
         ["assemble", "o", "--vision", "v", "--text", "t", "--extra-stage-depth", HUGE],
         ["assemble", "o", "--vision", "v", "--text", "t", "--extra-stage-width", HUGE],
-        ["bench", "--sizes", f"{HUGE}x64"],
-        ["bench", "--sizes", "²x64"],
-        ["bench", "--batch", HUGE],
+        ["profile", "--sizes", f"{HUGE}x64"],
+        ["profile", "--sizes", "²x64"],
+        ["profile", "--batch", HUGE],
         ["data", "check", "f", "--workers", "1000000"],
         ["data", "inspect", "f", "--model", "m", "--index", "-1"],
         ["demo", "m", "--port", "65536"],
@@ -147,7 +147,7 @@ def test_train_takes_none_of_it_either(capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["ask", LONG, "{picture}", "q"],
+        ["ask", LONG, "{image}", "q"],
         ["ask", "{model}", LONG, "q"],
         ["chat", LONG],
         ["convert", LONG, "{tmp}/o"],
@@ -164,16 +164,16 @@ def test_train_takes_none_of_it_either(capsys):
         ["convert", "{source}", "/proc/out", "--overwrite"],
         ["assemble", LONG, "--vision", "v", "--text", "t"],
         ["assemble", "{tmp}/o", "--vision", LONG, "--text", "t"],
-        ["bench", LONG],
-        ["bench", "--output", "/dev/null"],
-        ["bench", "--output", "{picture}"],
-        ["bench", "--output", "{tmp}"],
-        ["bench", "{model}", "--device", "meta"],
-        ["ask", "{model}", "{picture}", "q", "--device", "meta"],
-        ["ask", "{model}", "{picture}", "q", "--device", "hpu"],
-        ["ask", "{model}", "{picture}", "q", "--device", f"cuda:{NINES}"],
+        ["profile", LONG],
+        ["profile", "--output", "/dev/null"],
+        ["profile", "--output", "{image}"],
+        ["profile", "--output", "{tmp}"],
+        ["profile", "{model}", "--device", "meta"],
+        ["ask", "{model}", "{image}", "q", "--device", "meta"],
+        ["ask", "{model}", "{image}", "q", "--device", "hpu"],
+        ["ask", "{model}", "{image}", "q", "--device", f"cuda:{NINES}"],
         ["data", "check", LONG],
-        ["data", "check", "{picture}"],
+        ["data", "check", "{image}"],
         ["data", "check", "{tmp}/loop"],
         ["data", "inspect", LONG, "--index", "0", "--model", "{model}"],
         ["data", "inspect", "{tmp}", "--index", "0", "--model", "{model}", "--save", "/dev/null"],
@@ -186,24 +186,24 @@ def test_train_takes_none_of_it_either(capsys):
         ["eval", "{model}", "--benchmark", LONG],
         ["eval", "{model}", "--benchmark", "pope", "--output", "/dev/null"],
         ["eval", "{model}", "--benchmark", "pope", "--output", "/etc"],
-        ["eval", "{model}", "--benchmark", "pope", "--output", "{picture}"],
+        ["eval", "{model}", "--benchmark", "pope", "--output", "{image}"],
         ["eval", "--compare", LONG, "{tmp}"],
-        ["eval", "--compare", "{picture}", "{picture}"],
+        ["eval", "--compare", "{image}", "{image}"],
         ["push", LONG, "a/b", "--license", "mit", "--dry-run"],
         ["push", "{model}", LONG, "--license", "mit", "--dry-run"],
         ["push", "{model}", "a/b", "--license", "mit", "--dry-run", "--max-shard-size", f"{NINES}GB"],
-        ["push", "{model}", "a/b", "--about", "{picture}", "--dry-run"],
+        ["push", "{model}", "a/b", "--about", "{image}", "--dry-run"],
         ["push", "{model}", "a/b", "--about", LONG, "--dry-run"],
-        ["push", "{model}", "a/b", "--license", "mit", "--results", "{picture}", "--dry-run"],
+        ["push", "{model}", "a/b", "--license", "mit", "--results", "{image}", "--dry-run"],
         ["push", "{model}", "a/b", "--license", "mit", "--results", LONG, "--dry-run"],
         ["push", "{model}", "a/b", "--license", "mit", "--example", LONG, "q", "--dry-run"],
         ["push", "{model}", "a/b", "--license", LONG, "--dry-run"],
-        ["train", "--config", "{picture}"],
+        ["train", "--config", "{image}"],
         ["train", "--config", LONG],
     ],
     ids=lambda argv: " ".join(argv)[:60],
 )
-def test_absurd_places_are_refused(capsys, monkeypatch, checkpoint, golden, tmp_path, picture, argv):
+def test_absurd_places_are_refused(capsys, monkeypatch, checkpoint, golden, tmp_path, image, argv):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     (tmp_path / "loop").symlink_to("loop")
     if argv[0] == "demo":
@@ -213,20 +213,20 @@ def test_absurd_places_are_refused(capsys, monkeypatch, checkpoint, golden, tmp_
         pytest.importorskip("rapidfuzz")
     if argv[0] in ("train", "quickstart"):
         pytest.importorskip("trl")
-    names = {"model": checkpoint, "source": golden / "checkpoint-stage3", "tmp": tmp_path, "picture": picture}
-    before = picture.read_bytes()
+    names = {"model": checkpoint, "source": golden / "checkpoint-stage3", "tmp": tmp_path, "image": image}
+    before = image.read_bytes()
     refused(capsys, *(argument.format(**names) for argument in argv))
-    assert picture.read_bytes() == before
+    assert image.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "photo.jpg"]
 
 
 def test_figures_of_an_earlier_run_may_be_written_over(tmp_path):
-    from convllava_hf.bench.report import check_output_file, write_json
+    from convllava_hf.profiling.tables import check_output_file, write_json
 
-    write_json(tmp_path / "new" / "bench.json", {"model": "m"})
-    check_output_file(tmp_path / "new" / "bench.json")
-    write_json(tmp_path / "new" / "bench.json", {"model": "n"})
-    assert json.loads((tmp_path / "new" / "bench.json").read_text()) == {"model": "n"}
+    write_json(tmp_path / "new" / "profile.json", {"model": "m"})
+    check_output_file(tmp_path / "new" / "profile.json")
+    write_json(tmp_path / "new" / "profile.json", {"model": "n"})
+    assert json.loads((tmp_path / "new" / "profile.json").read_text()) == {"model": "n"}
 
 
 @pytest.mark.parametrize("size", [f"{NINES}GB", NINES, "0", "0.5", "-1", "1e9", "GB", "", "9223372036854775808"])
@@ -271,12 +271,12 @@ package = types.ModuleType("convllava_hf")  # without its __init__, which import
 package.__path__ = [{package!r}]
 sys.modules["convllava_hf"] = package
 from convllava_hf import atomic, interrupts
-interrupts.leave_quietly()
+interrupts.exit_quietly()
 if sys.argv[2] == "importing":
     print("ready", flush=True)
     time.sleep(60)
 try:
-    with interrupts.cleared_up(), atomic.replacing_folder(Path(sys.argv[1]) / "out"):
+    with interrupts.cleanup_on_signals(), atomic.replacing_folder(Path(sys.argv[1]) / "out"):
         with atomic.temporary_folder("convllava-test-"):
             print("ready", flush=True)
             time.sleep(60)
@@ -308,9 +308,9 @@ def test_a_signal_leaves_nothing_behind_and_says_nothing(tmp_path, moment, numbe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5])
-def test_ctrl_c_in_the_first_moments(seconds, tmp_path, picture):
+def test_ctrl_c_in_the_first_moments(seconds, tmp_path, image):
     process = subprocess.Popen(
-        [sys.executable, "-m", "convllava_hf", "ask", str(tmp_path), str(picture), "What?"],
+        [sys.executable, "-m", "convllava_hf", "ask", str(tmp_path), str(image), "What?"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

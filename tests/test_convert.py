@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import golden_variants
 import numpy as np
-import originals
 import pytest
 import torch
 from fresh_process import ANSWERS, run_fresh
@@ -80,8 +80,8 @@ def test_answers_are_the_originals(golden, golden_cases, converted):
     model = ConvLlavaForConditionalGeneration.from_pretrained(converted).eval()
     processor = ConvLlavaProcessor.from_pretrained(converted)
     for name, case in golden_cases.items():
-        pictures = [Image.open(golden / "images" / file) for file in case["images"]]
-        inputs = processor(images=pictures or None, text=case["prompt"], return_tensors="pt")
+        images = [Image.open(golden / "images" / file) for file in case["images"]]
+        inputs = processor(images=images or None, text=case["prompt"], return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0, :, :640]
         assert np.abs(logits.numpy() - figures[f"{name}.logits"]).max() < 1e-4
@@ -140,7 +140,7 @@ def test_loads_in_a_fresh_process_without_the_package(converted, golden, golden_
     told = run_fresh(
         ANSWERS + f"result = answers(values['folder'], ['{name}', 'AutoModel'], trust_remote_code=True)",
         folder=converted,
-        picture=golden / "images" / case["images"][0],
+        image=golden / "images" / case["images"][0],
         question=case["turns"][0][1].removeprefix("<image>\n"),
     )
     assert told[name]["ids"] == case["generated"][:16]
@@ -151,18 +151,18 @@ def test_loads_in_a_fresh_process_without_the_package(converted, golden, golden_
 
 
 LAYOUTS = [
-    originals.as_sharded_bin,
-    originals.as_sharded_safetensors,
-    originals.as_old_pickle,
-    originals.with_pooling_norm_and_prefix,
-    originals.tower_as_safetensors,
-    originals.tower_in_the_main_shards,
-    originals.another_tower_in_the_main_shards,
-    originals.tower_named_relatively,
-    originals.tower_named_absolutely,
-    originals.with_odd_settings,
-    originals.with_tokenizer_files_of_4_33,
-    originals.with_timm_names_in_the_shards,
+    golden_variants.as_sharded_bin,
+    golden_variants.as_sharded_safetensors,
+    golden_variants.as_old_pickle,
+    golden_variants.with_pooling_norm_and_prefix,
+    golden_variants.tower_as_safetensors,
+    golden_variants.tower_in_the_main_shards,
+    golden_variants.another_tower_in_the_main_shards,
+    golden_variants.tower_named_relatively,
+    golden_variants.tower_named_absolutely,
+    golden_variants.with_odd_settings,
+    golden_variants.with_tokenizer_files_of_4_33,
+    golden_variants.with_timm_names_in_the_shards,
 ]
 
 
@@ -179,8 +179,8 @@ def test_four_stages(source, tmp_path):
     torch.save(
         {name: tensor for name, tensor in weights.items() if "stages.4" not in name}, tower / "pytorch_model.bin"
     )
-    originals.edit_json(tower / "config.json", depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32], num_stages=4)
-    originals.edit_json(tower / "config.json", out_features=["stage4"], out_indices=[4])
+    golden_variants.edit_json(tower / "config.json", depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 24, 32], num_stages=4)
+    golden_variants.edit_json(tower / "config.json", out_features=["stage4"], out_indices=[4])
     language = load_file(source / "model.safetensors")
     language["model.mm_projector.0.weight"] = language["model.mm_projector.0.weight"][:, :32].contiguous()
     save_file(language, source / "model.safetensors")
@@ -202,14 +202,14 @@ def test_shards_and_dtype(source, converted, tmp_path):
 
 def test_half_precision_is_kept(source, tmp_path):
     save_file({k: v.half() for k, v in load_file(source / "model.safetensors").items()}, source / "model.safetensors")
-    originals.edit_json(source / "config.json", torch_dtype="float16")
+    golden_variants.edit_json(source / "config.json", torch_dtype="float16")
     out = convert_checkpoint(source, tmp_path / "out", progress=False)
     assert {tensor.dtype for tensor in weights_of(out).values()} == {torch.float16}
     assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_legacy_tokenizer_needs_no_blanks(source, tmp_path):
-    originals.edit_json(source / "tokenizer_config.json", legacy=True)
+    golden_variants.edit_json(source / "tokenizer_config.json", legacy=True)
     processor = ConvLlavaProcessor.from_pretrained(convert_checkpoint(source, tmp_path / "out", progress=False))
     assert processor.image_suffix == "" and processor.chat_template.startswith('{%- set after_bos = "" -%}')
     text = processor.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
@@ -243,16 +243,16 @@ def make_fifo(path: Path):
 
 REFUSALS = [
     (
-        originals.drop_weight,
+        golden_variants.drop_weight,
         r"2 weights missing: model\.multi_modal_projector\.linear_2\.bias, model\.language_model\.norm\.weight",
     ),
-    (originals.add_weight, r"2 weights left over.*extra.*model\.image_newline"),
-    (originals.misshape, r"model\.norm\.weight .* is \(63,\), expected \(64,\)"),
-    (originals.lose_shard, "1 are missing .*pytorch_model-00002-of-00002.bin"),
-    *((originals.name_in_the_index(file), "names the file .*beside it") for file in UNSAFE_FILES),
+    (golden_variants.add_weight, r"2 weights left over.*extra.*model\.image_newline"),
+    (golden_variants.misshape, r"model\.norm\.weight .* is \(63,\), expected \(64,\)"),
+    (golden_variants.lose_shard, "1 are missing .*pytorch_model-00002-of-00002.bin"),
+    *((golden_variants.name_in_the_index(file), "names the file .*next to it") for file in UNSAFE_FILES),
     (lambda s: make_fifo(s / "config.json"), "is a FIFO, and a file is expected"),
-    (originals.evil_pickle, "cannot be read as PyTorch weights"),
-    (originals.swap_tower, "'clip_vision_model', but ConvLLaVA's vision tower is a ConvNeXt"),
+    (golden_variants.evil_pickle, "cannot be read as PyTorch weights"),
+    (golden_variants.swap_tower, "'clip_vision_model', but ConvLLaVA's vision tower is a ConvNeXt"),
     (lambda s: (s / "model.safetensors").unlink(), "holds no weights"),
     (lambda s: (s / "model.safetensors").write_bytes(b"no weights"), "cannot be read as safetensors"),
     (lambda s: (s / "config.json").unlink(), "config.json is missing"),
@@ -260,24 +260,33 @@ REFUSALS = [
     (lambda s: (s / "tokenizer.model").unlink(), "no tokenizer.model"),
     (lambda s: (s / "vision_tower" / "pytorch_model.bin").unlink(), "No weights of the vision tower"),
     (lambda s: shutil.rmtree(s / "vision_tower"), "example/convnext-tiny-320.*--vision-tower"),
-    (lambda s: originals.edit_json(s / "config.json", model_type="llama"), "no checkpoint of the original"),
-    (lambda s: originals.edit_json(s / "config.json", model_type="convllava"), "nothing to convert"),
-    (lambda s: originals.edit_json(s / "config.json", mm_projector_type="linear"), "mm_projector_type='linear'"),
-    (lambda s: originals.edit_json(s / "config.json", mm_vision_select_layer=-2), "mm_vision_select_layer=-2"),
-    (lambda s: originals.edit_json(s / "config.json", mm_vision_resolution=800), "nearest such size is 768 x 768"),
+    (lambda s: golden_variants.edit_json(s / "config.json", model_type="llama"), "no checkpoint of the original"),
+    (lambda s: golden_variants.edit_json(s / "config.json", model_type="convllava"), "nothing to convert"),
+    (lambda s: golden_variants.edit_json(s / "config.json", mm_projector_type="linear"), "mm_projector_type='linear'"),
+    (lambda s: golden_variants.edit_json(s / "config.json", mm_vision_select_layer=-2), "mm_vision_select_layer=-2"),
     (
-        lambda s: originals.edit_json(s / "config.json", num_hidden_layers=10**12),
+        lambda s: golden_variants.edit_json(s / "config.json", mm_vision_resolution=800),
+        "nearest such size is 768 x 768",
+    ),
+    (
+        lambda s: golden_variants.edit_json(s / "config.json", num_hidden_layers=10**12),
         "1000000000007 layers, and there are",
     ),
-    (lambda s: originals.edit_json(s / "config.json", num_attention_heads=0), "describe no model"),
-    (lambda s: originals.edit_json(s / "config.json", hidden_size="64 "), "describe no model"),
-    (lambda s: originals.edit_json(s / "config.json", mm_vision_resolution="768"), "mm_vision_resolution '768'"),
-    (lambda s: originals.edit_json(s / "config.json", architectures=5), "names the architecture 5"),
-    (lambda s: originals.edit_json(s / "vision_tower" / "config.json", depths=7), "describe no model"),
-    (lambda s: originals.edit_json(s / "vision_tower" / "preprocessor_config.json", crop_size="320"), "a square"),
-    (lambda s: originals.edit_json(s / "generation_config.json", suppress_tokens=5), "describe no model"),
-    (lambda s: originals.edit_json(s / "config.json", pad_token_id=10**12), "describe no model"),
-    (lambda s: originals.edit_json(s / "config.json", architectures=["LlavaNoneForCausalLM"]), "LlavaNoneForCausalLM"),
+    (lambda s: golden_variants.edit_json(s / "config.json", num_attention_heads=0), "describe no model"),
+    (lambda s: golden_variants.edit_json(s / "config.json", hidden_size="64 "), "describe no model"),
+    (lambda s: golden_variants.edit_json(s / "config.json", mm_vision_resolution="768"), "mm_vision_resolution '768'"),
+    (lambda s: golden_variants.edit_json(s / "config.json", architectures=5), "names the architecture 5"),
+    (lambda s: golden_variants.edit_json(s / "vision_tower" / "config.json", depths=7), "describe no model"),
+    (
+        lambda s: golden_variants.edit_json(s / "vision_tower" / "preprocessor_config.json", crop_size="320"),
+        "a square",
+    ),
+    (lambda s: golden_variants.edit_json(s / "generation_config.json", suppress_tokens=5), "describe no model"),
+    (lambda s: golden_variants.edit_json(s / "config.json", pad_token_id=10**12), "describe no model"),
+    (
+        lambda s: golden_variants.edit_json(s / "config.json", architectures=["LlavaNoneForCausalLM"]),
+        "LlavaNoneForCausalLM",
+    ),
 ]
 
 
@@ -309,7 +318,7 @@ def test_existing_output(source, converted, tmp_path):
         with pytest.raises(ConvLlavaError, match="--overwrite"):
             convert_checkpoint(source, out, overwrite=overwrite, progress=False)
     assert (out / "letter.txt").read_text() == "keep me"
-    with pytest.raises(ConvLlavaError, match="holds what is being read"):
+    with pytest.raises(ConvLlavaError, match="contains what is being read"):
         convert_checkpoint(source, source, overwrite=True, progress=False)
     shutil.rmtree(out)
     shutil.copytree(converted, out)

@@ -9,9 +9,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import originals
+import golden_variants
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from fresh_process import run_fresh
 
 from convllava_hf import cli
@@ -20,9 +20,9 @@ from convllava_hf.convert import checkpoint as conversion
 from convllava_hf.convert.cache import CACHE_VARIABLE, cache_folder, converted_checkpoint
 from convllava_hf.convert.writing import ShardWriter
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.inference import load, open_picture, user_turn
+from convllava_hf.inference import load, open_image, user_turn
 from convllava_hf.loading import load_processor
-from convllava_hf.record import read_record
+from convllava_hf.training_record import read_record
 
 
 EXACT = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "24"]
@@ -65,7 +65,7 @@ def test_an_original_is_converted_once_and_answers_as_the_original_did(
     source, folder, conversions, golden, golden_cases, caplog
 ):
     case = golden_cases["one-image"]
-    turn = user_turn(question_of(case), [open_picture(golden / "images" / case["images"][0])])
+    turn = user_turn(question_of(case), [open_image(golden / "images" / case["images"][0])])
     for _ in range(2):
         answer = load(source, device="cpu", dtype="float32").answer([turn], max_new_tokens=24)
         assert answer.token_ids == case["generated"]
@@ -83,9 +83,9 @@ def test_a_converted_checkpoint_is_taken_as_it_is(checkpoint, folder, conversion
 
 CHANGES = [
     lambda source: (source / "model.safetensors").touch(),
-    lambda source: originals.edit_json(source / "config.json", mm_vision_resolution=384),
+    lambda source: golden_variants.edit_json(source / "config.json", mm_vision_resolution=384),
     lambda source: (source / "vision_tower" / "pytorch_model.bin").touch(),
-    lambda source: originals.edit_json(source / "vision_tower" / "preprocessor_config.json", resample=2),
+    lambda source: golden_variants.edit_json(source / "vision_tower" / "preprocessor_config.json", resample=2),
     lambda source: (source / "tokenizer.model").touch(),
 ]
 
@@ -100,7 +100,7 @@ def test_what_has_changed_is_converted_again(source, folder, conversions, change
 
 
 def test_a_tower_elsewhere_counts(source, tmp_path, conversions):
-    originals.tower_named_relatively(source)
+    golden_variants.tower_named_relatively(source)
     first = converted_checkpoint(source)
     (tmp_path / "tower" / "pytorch_model.bin").touch()
     assert converted_checkpoint(source) != first and len(conversions) == 2
@@ -122,15 +122,15 @@ def test_a_commit_on_the_hub_is_the_name(source, tmp_path, conversions, monkeypa
     monkeypatch.setattr(
         "convllava_hf.loading.cached_file", lambda name, file, revision=None: cache.hf_hub_download(name, file)
     )
-    originals.as_released(source, tower)
-    originals.into_hub_cache(hub, originals.RELEASED_TOWER, tower)
-    originals.into_hub_cache(hub, "org/original", source)
+    golden_variants.as_released(source, tower)
+    golden_variants.into_hub_cache(hub, golden_variants.RELEASED_TOWER, tower)
+    golden_variants.into_hub_cache(hub, "org/original", source)
     first = converted_checkpoint("org/original")
     assert converted_checkpoint("org/original") == first and conversions == ["org/original"]
     assert Path(first).name.startswith("org--original-")
     origin = read_record(first)["origin"]
-    assert (origin["checkpoint"], origin["vision_tower"]) == ("org/original", originals.RELEASED_TOWER)
-    home = hub / f"models--{originals.RELEASED_TOWER.replace('/', '--')}"
+    assert (origin["checkpoint"], origin["vision_tower"]) == ("org/original", golden_variants.RELEASED_TOWER)
+    home = hub / f"models--{golden_variants.RELEASED_TOWER.replace('/', '--')}"
     commit = (home / "refs" / "main").read_text()
     (home / "snapshots" / commit).rename(home / "snapshots" / ("0" * 40))
     (home / "refs" / "main").write_text("0" * 40)
@@ -138,7 +138,7 @@ def test_a_commit_on_the_hub_is_the_name(source, tmp_path, conversions, monkeypa
 
 
 def test_a_tower_of_second_choice_is_told_at_every_use(source, caplog):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     (source / "vision_tower" / "pytorch_model.bin").unlink()
     for _ in range(2):
         caplog.clear()
@@ -222,22 +222,22 @@ def test_the_cache_lies_beside_hugging_faces(monkeypatch, tmp_path):
 
 def test_ask_and_chat_take_an_original(source, conversions, golden, golden_cases, capsys, monkeypatch):
     case = golden_cases["one-image"]
-    picture, question = str(golden / "images" / case["images"][0]), question_of(case)
-    assert cli.main(["ask", str(source), picture, question, "--json", *EXACT]) == 0
+    image, question = str(golden / "images" / case["images"][0]), question_of(case)
+    assert cli.main(["ask", str(source), image, question, "--json", *EXACT]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["answer"] == case["text"].strip() or answer["answer"] == case["text"]
     assert answer["model"] == str(source)
     monkeypatch.setattr("sys.stdin", io.StringIO(question.replace("\n", " ") + "\n"))
-    assert cli.main(["chat", str(source), "--image", picture, *EXACT]) == 0
+    assert cli.main(["chat", str(source), "--image", image, *EXACT]) == 0
     assert capsys.readouterr().out.strip() and len(conversions) == 1
 
 
 def test_what_can_be_refused_is_refused_before_the_conversion(source, conversions, tmp_path, capsys):
-    make_picture().save(tmp_path / "picture.png")
+    make_image().save(tmp_path / "image.png")
     for argv in (
         ["ask", str(source), "missing.png", "What?"],
         ["chat", str(source), "--image", "missing.png"],
-        ["ask", str(source), str(tmp_path / "picture.png"), "What? <image> <image>"],
+        ["ask", str(source), str(tmp_path / "image.png"), "What? <image> <image>"],
     ):
         assert cli.main(argv) == 2
     for options in ({"device": "toaster"}, {"dtype": "int3"}):
@@ -247,9 +247,9 @@ def test_what_can_be_refused_is_refused_before_the_conversion(source, conversion
 
 
 def test_bench_takes_an_original(source, conversions):
-    from convllava_hf.bench.running import bench
+    from convllava_hf.profiling.profiler import profile_model
 
-    results = bench(source, sizes=[(128, 128)], new_tokens=2, repeats=1, device="cpu", dtype="float32")
+    results = profile_model(source, sizes=[(128, 128)], new_tokens=2, repeats=1, device="cpu", dtype="float32")
     assert results["model"] == str(source) and results["answers"] and len(conversions) == 1
 
 

@@ -5,13 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
-import originals
+import golden_variants
 import pytest
 import torch
+from fake_hub import serve_hub
 from fresh_process import run_fresh
-from hub_double import serve_hub
-from parts import make_language_model, make_tower, randomised
 from safetensors.torch import save_file
+from tiny_models import make_language_model, make_tower, randomized
 
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def test_tower_in_a_repository_of_its_own(hub, golden, tmp_path):
         convert_checkpoint(values["source"], values["out"] + "/local", progress=False)
         remote, local = (load_file(values["out"] + f"/{name}/model.safetensors") for name in ("remote", "local"))
         same = remote.keys() == local.keys() and all((remote[name] == local[name]).all().item() for name in local)
-        from convllava_hf.record import read_record
+        from convllava_hf.training_record import read_record
         result = same, read_record(values["out"] + "/remote")["origin"]
         """,
         source=source,
@@ -95,8 +95,8 @@ def publish_released(hub, golden, folder: Path, name: str, change=lambda source,
     """`org/NAME`, in the layout of the released checkpoints, and its tower `org/NAME-tower`."""
     source, tower = folder / name, folder / f"{name}-tower"
     shutil.copytree(golden / "checkpoint-stage3", source)
-    originals.as_released(source, tower)
-    originals.edit_json(source / "config.json", mm_vision_tower=f"org/{name}-tower")
+    golden_variants.as_released(source, tower)
+    golden_variants.edit_json(source / "config.json", mm_vision_tower=f"org/{name}-tower")
     change(source, tower)
     publish(hub, f"org/{name}", source)
     if tower.exists():
@@ -116,7 +116,7 @@ def with_both_formats(source: Path, tower: Path) -> None:
 
 def without_a_tower_repository(source: Path, tower: Path) -> None:
     shutil.rmtree(tower)
-    originals.edit_json(source / "config.json", mm_vision_resolution=320)
+    golden_variants.edit_json(source / "config.json", mm_vision_resolution=320)
 
 
 def with_an_unsafe_index(source: Path, tower: Path) -> None:
@@ -137,7 +137,7 @@ def test_only_what_is_needed_is_downloaded(hub, fetched, golden, tmp_path):
         from safetensors.torch import load_file
         from convllava_hf.convert import convert_checkpoint
         from convllava_hf.errors import ConvLlavaError
-        from convllava_hf.record import read_record
+        from convllava_hf.training_record import read_record
 
         def converted(name, **options):
             try:
@@ -178,16 +178,16 @@ def test_asked_by_id_an_original_is_converted_once(hub, golden, golden_cases, tm
         hub,
         """
         from convllava_hf.convert import checkpoint
-        from convllava_hf.inference import load, open_picture, user_turn
+        from convllava_hf.inference import load, open_image, user_turn
         made, convert = [], checkpoint.convert_checkpoint
         checkpoint.convert_checkpoint = lambda *args, **kwargs: made.append(args[0]) or convert(*args, **kwargs)
         result = []
         for _ in range(2):
             assistant = load("org/asked", device="cpu", dtype="float32")
-            turn = user_turn(values["question"], [open_picture(values["picture"])])
+            turn = user_turn(values["question"], [open_image(values["image"])])
             result.append([assistant.answer([turn], max_new_tokens=24).token_ids, list(made)])
         """,
-        picture=golden / "images" / case["images"][0],
+        image=golden / "images" / case["images"][0],
         question=case["turns"][0][1].removeprefix("<image>\n"),
     )
     assert result == [[case["generated"], ["org/asked"]]] * 2
@@ -219,7 +219,7 @@ def test_parts_by_id(hub, tmp_path):
 
 def test_timm_by_id(hub, tmp_path):
     timm = pytest.importorskip("timm")
-    model = randomised(timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
+    model = randomized(timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
     arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
     timm.models.save_for_hf(model, tmp_path / "timm", model_args=arguments)
     config = json.loads((tmp_path / "timm" / "config.json").read_text())

@@ -108,9 +108,9 @@ def original_folder(tmp_path, model_file, **settings):
     return tmp_path
 
 
-def random_prompts(seed: int, count: int, pictures: bool):
+def random_prompts(seed: int, count: int, images: bool):
     generator = random.Random(seed)
-    fragments = (*FRAGMENTS, *(["<image>"] * 6 if pictures else []))
+    fragments = (*FRAGMENTS, *(["<image>"] * 6 if images else []))
     for _ in range(count):
         yield "".join(generator.choices(fragments, k=generator.randint(0, 14)))
 
@@ -135,20 +135,20 @@ FIXED_PROMPTS = (
 def test_ids_equal_the_originals(tmp_path, model_file, legacy):
     tokenizer = load_original_tokenizer(original_folder(tmp_path, model_file, legacy=legacy))
     original = OriginalTokenizer(model_file, legacy)
-    for text in [*FIXED_PROMPTS, *random_prompts(0, 400, pictures=False)]:
+    for text in [*FIXED_PROMPTS, *random_prompts(0, 400, images=False)]:
         if IMAGE_TOKEN not in text:
             assert tokenizer(text).input_ids == [1, *original.text(text)], repr(text)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_ids_with_pictures_equal_the_originals(tmp_path, model_file, legacy):
+def test_ids_with_images_equal_the_originals(tmp_path, model_file, legacy):
     tokenizer = load_original_tokenizer(original_folder(tmp_path, model_file, legacy=legacy))
     original = OriginalTokenizer(model_file, legacy)
     suffix = prefix_after(tokenizer, IMAGE_TOKEN)
     assert suffix == ("" if legacy else " ")
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     processor = ConvLlavaProcessor(ConvLlavaImageProcessor(), tokenizer, image_suffix=suffix)
-    for text in [*FIXED_PROMPTS, *random_prompts(1, 400, pictures=True)]:
+    for text in [*FIXED_PROMPTS, *random_prompts(1, 400, images=True)]:
         [expanded], _ = processor.get_text_with_replacements([text], [IMAGE_TOKEN * 3] * text.count(IMAGE_TOKEN))
         assert with_one_id_an_image(tokenizer(expanded).input_ids, image) == original.prompt(text, -200), repr(text)
 
@@ -221,7 +221,7 @@ def test_ids_equal_the_slow_tokenizers(tmp_path, model_file, legacy):
     folder = original_folder(tmp_path, model_file, legacy=legacy)
     slow = transformers.LlamaTokenizer.from_pretrained(folder)
     tokenizer = load_original_tokenizer(folder)
-    for text in [*FIXED_PROMPTS, *random_prompts(2, 200, pictures=False)]:
+    for text in [*FIXED_PROMPTS, *random_prompts(2, 200, images=False)]:
         if IMAGE_TOKEN not in text:
             assert tokenizer(text).input_ids == slow(text).input_ids, repr(text)
 
@@ -231,7 +231,7 @@ def test_decoding_equals_sentencepiece(tmp_path, model_file):
     tokenizer = load_original_tokenizer(original_folder(tmp_path, model_file, legacy=False))
     model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     generator = random.Random(3)
-    for text in random_prompts(3, 100, pictures=False):
+    for text in random_prompts(3, 100, images=False):
         ids = model.encode(text)
         assert tokenizer.decode(ids) == model.decode(ids)
     for _ in range(200):

@@ -5,8 +5,8 @@ import logging
 import shutil
 from pathlib import Path
 
+import golden_variants
 import numpy as np
-import originals
 import pytest
 import torch
 from huggingface_hub import constants
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from convllava_hf import ConvLlavaForConditionalGeneration, ConvLlavaProcessor, cli
 from convllava_hf.convert import convert_checkpoint
+from convllava_hf.convert.checkpoint_files import Weights
 from convllava_hf.convert.keys import CONVNEXT_TABLE, SHARDS_TOWER_TABLE
-from convllava_hf.convert.reading import Weights
 from convllava_hf.convert.tower_comparison import compare_weights
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.record import read_record
+from convllava_hf.training_record import read_record
 
 
 TENSORS = 83  # of the golden tower
@@ -40,8 +40,8 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def released(source, hub_cache, tmp_path) -> Path:
     """A checkpoint as released, and its tower's repository in the cache."""
-    originals.as_released(source, tmp_path / "tower")
-    originals.into_hub_cache(hub_cache, originals.RELEASED_TOWER, tmp_path / "tower")
+    golden_variants.as_released(source, tmp_path / "tower")
+    golden_variants.into_hub_cache(hub_cache, golden_variants.RELEASED_TOWER, tmp_path / "tower")
     return source
 
 
@@ -57,8 +57,8 @@ def error_of_logits(folder: Path, golden: Path, golden_cases: dict, name: str = 
     """How far the logits of a case are from those that the original code computed."""
     case = golden_cases[name]
     model = ConvLlavaForConditionalGeneration.from_pretrained(folder).eval()
-    pictures = [Image.open(golden / "images" / file) for file in case["images"]]
-    inputs = ConvLlavaProcessor.from_pretrained(folder)(images=pictures, text=case["prompt"], return_tensors="pt")
+    images = [Image.open(golden / "images" / file) for file in case["images"]]
+    inputs = ConvLlavaProcessor.from_pretrained(folder)(images=images, text=case["prompt"], return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0, :, :640]
     return float(np.abs(logits.numpy() - np.load(golden / "inference.npz")[f"{name}.logits"]).max())
@@ -94,7 +94,7 @@ def test_the_originals_figures_come_from_the_named_tower(released, golden, golde
     assert cli.main(["convert", str(released), str(tmp_path / "out")]) == 0
     assert error_of_logits(tmp_path / "out", golden, golden_cases) < 1e-4
     said = capsys.readouterr().err
-    assert f"differ in {TENSORS} of {TENSORS} tensors, by 1 at most" in said and originals.RELEASED_TOWER in said
+    assert f"differ in {TENSORS} of {TENSORS} tensors, by 1 at most" in said and golden_variants.RELEASED_TOWER in said
     assert "--vision-tower shards takes the other" in said
     assert cli.main(["convert", str(released), str(tmp_path / "other"), "--vision-tower", "shards"]) == 0
     assert error_of_logits(tmp_path / "other", golden, golden_cases) > 0.1
@@ -105,7 +105,7 @@ def test_the_originals_figures_come_from_the_named_tower(released, golden, golde
 def test_the_command_says_what_it_took_and_of_a_failure_only_that(source, tmp_path, capsys):
     assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.splitlines() == ["Taking the vision tower in vision_tower/ of the checkpoint."]
-    originals.misshape(source)
+    golden_variants.misshape(source)
     assert cli.main(["convert", str(source), str(tmp_path / "out2")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("convllava: error: ")
@@ -121,19 +121,19 @@ def test_generation_and_tokenizer_of_the_released_layout(released, golden_cases,
 
 
 def test_record_and_card_say_which_tower_was_taken(released, tmp_path):
-    from test_record import card_of
+    from test_training_record_file import card_of
 
     out = convert(released, tmp_path / "named")
-    assert read_record(out)["origin"]["vision_tower"] == originals.RELEASED_TOWER
+    assert read_record(out)["origin"]["vision_tower"] == golden_variants.RELEASED_TOWER
     choice = choice_of(out)
     assert choice["taken"] == "named" and choice["compared_with"] == "shards" and choice["asked_for"] is False
     assert choice["differing"] == choice["tensors"] == TENSORS and choice["largest"] == pytest.approx(1)
-    link = f"[{originals.RELEASED_TOWER}](https://huggingface.co/{originals.RELEASED_TOWER})"
+    link = f"[{golden_variants.RELEASED_TOWER}](https://huggingface.co/{golden_variants.RELEASED_TOWER})"
     row = f"the tower that the original runs; {TENSORS} of {TENSORS} tensors differ from that of the original's shards"
     assert f"| vision tower | {link}: {row}, by 1 at most |" in card_of(out, tmp_path / "card")
     out = convert(released, tmp_path / "shards", vision_tower="shards")
     assert "vision_tower" not in read_record(out)["origin"]
-    assert choice_of(out)["taken"] == "shards" and choice_of(out)["compared_with"] == originals.RELEASED_TOWER
+    assert choice_of(out)["taken"] == "shards" and choice_of(out)["compared_with"] == golden_variants.RELEASED_TOWER
     card = card_of(out, tmp_path / "card2")
     assert "| vision tower | the tower in the original's shards, which the original does not run; " in card
 
@@ -144,7 +144,7 @@ def test_record_and_card_say_which_tower_was_taken(released, tmp_path):
      {"taken": "shards", "tensors": 3, "differing": 1, "largest": "<b>", "rounded_to": "<b>", "compared_with": "<b>"}],
 )  # fmt: skip
 def test_the_card_takes_nothing_else_from_a_strangers_record(checkpoint, tmp_path, choice):
-    from test_record import card_of
+    from test_training_record_file import card_of
 
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     record = {"format": 1, "origin": {"vision_tower_choice": choice}, "stages": []}
@@ -165,7 +165,7 @@ def shifted_tower(tower: Path, folder: Path) -> Path:
 
 def test_a_given_tower_goes_before_all_others(source, tmp_path, caplog):
     tower = shifted_tower(source / "vision_tower", tmp_path / "mine")
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     out = convert(source, tmp_path / "out", vision_tower=tower)
     assert same_tower(out, tower) and read_record(out)["origin"]["vision_tower"] == "mine"
     assert choice_of(out)["taken"] == "given" and choice_of(out)["largest"] == pytest.approx(2)
@@ -174,8 +174,8 @@ def test_a_given_tower_goes_before_all_others(source, tmp_path, caplog):
 
 def test_the_checkpoints_folder_goes_before_the_named_id(source, hub_cache, tmp_path):
     tower = shifted_tower(source / "vision_tower", tmp_path / "elsewhere")
-    originals.into_hub_cache(hub_cache, "example/convnext-tiny-320", tower)
-    originals.another_tower_in_the_main_shards(source)
+    golden_variants.into_hub_cache(hub_cache, "example/convnext-tiny-320", tower)
+    golden_variants.another_tower_in_the_main_shards(source)
     out = convert(source, tmp_path / "out")
     assert same_tower(out, source / "vision_tower") and "vision_tower" not in read_record(out)["origin"]
 
@@ -191,18 +191,18 @@ def test_a_path_in_the_config_is_taken_before_the_shards(source, tmp_path, name)
     save_file(
         load_file(source / "model.safetensors")
         | {
-            originals.PREFIX + key: value + 1
+            golden_variants.PREFIX + key: value + 1
             for key, value in torch.load(tower / "pytorch_model.bin", weights_only=True).items()
         },
         source / "model.safetensors",
     )
-    originals.edit_json(source / "config.json", mm_vision_tower=str(tower) if name == "absolute" else name)
+    golden_variants.edit_json(source / "config.json", mm_vision_tower=str(tower) if name == "absolute" else name)
     assert same_tower(convert(source, tmp_path / "out"), tower)
 
 
 def test_the_shards_are_taken_with_a_warning_where_nothing_else_has_weights(source, tmp_path, caplog):
     tower = torch.load(source / "vision_tower" / "pytorch_model.bin", weights_only=True)
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     (source / "vision_tower" / "pytorch_model.bin").unlink()
     out = convert(source, tmp_path / "out")
     weights = load_file(out / "model.safetensors")
@@ -228,7 +228,9 @@ def test_a_tower_that_is_there_and_cannot_be_read_is_not_replaced(released, hub_
     """Offline, after its two JSON files had been downloaded alone, as `--vision-tower shards` downloads them."""
     (weights,) = hub_cache.rglob("pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(ConvLlavaError, match=f"{originals.RELEASED_TOWER}.*--vision-tower shards takes that one"):
+    with pytest.raises(
+        ConvLlavaError, match=f"{golden_variants.RELEASED_TOWER}.*--vision-tower shards takes that one"
+    ):
         convert(released, tmp_path / "out")
     out = convert(released, tmp_path / "out", vision_tower="shards")
     assert choice_of(out) == {"taken": "shards", "asked_for": True}
@@ -236,7 +238,7 @@ def test_a_tower_that_is_there_and_cannot_be_read_is_not_replaced(released, hub_
 
 
 def test_asking_for_shards_without_a_tower(source, tmp_path):
-    for change in (lambda folder: None, originals.as_sharded_bin):
+    for change in (lambda folder: None, golden_variants.as_sharded_bin):
         change(source)
         with pytest.raises(ConvLlavaError, match="hold n"):
             convert(source, tmp_path / "out", vision_tower="shards")
@@ -249,12 +251,12 @@ def test_a_folder_called_shards_can_be_given(source, tmp_path, monkeypatch):
 
 
 def test_the_resolution_is_never_guessed(source, tmp_path, caplog):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     shutil.rmtree(source / "vision_tower")
     for options in ({}, {"vision_tower": "shards"}):
         with pytest.raises(ConvLlavaError, match="resolution of the vision tower is not known.*vision_tower/"):
             convert(source, tmp_path / "out", **options)
-    originals.edit_json(source / "config.json", mm_vision_resolution=320)
+    golden_variants.edit_json(source / "config.json", mm_vision_resolution=320)
     config = ConvLlavaProcessor.from_pretrained(convert(source, tmp_path / "out")).image_processor
     assert config.size == {"height": 320, "width": 320}
     assert "deduced from its weights" in caplog.text and "CLIP's mean and std" in caplog.text
@@ -264,15 +266,15 @@ def test_a_config_without_a_size_is_no_answer(source, tmp_path):
     (source / "vision_tower" / "preprocessor_config.json").unlink()
     out = convert(source, tmp_path / "out")  # by image_size in the tower's config.json
     assert json.loads((out / "config.json").read_text())["vision_config"]["image_size"] == 320
-    originals.edit_json(source / "vision_tower" / "config.json", image_size=None)
+    golden_variants.edit_json(source / "vision_tower" / "config.json", image_size=None)
     with pytest.raises(ConvLlavaError, match="resolution of the vision tower is not known"):
         convert(source, tmp_path / "out2")
 
 
 def test_the_shards_can_be_asked_for_where_the_named_tower_is_no_convnext(source, tmp_path, caplog):
-    originals.tower_in_the_main_shards(source)
-    originals.swap_tower(source)
-    originals.edit_json(source / "config.json", mm_vision_resolution=320)
+    golden_variants.tower_in_the_main_shards(source)
+    golden_variants.swap_tower(source)
+    golden_variants.edit_json(source / "config.json", mm_vision_resolution=320)
     with pytest.raises(ConvLlavaError, match="'clip_vision_model'.*--vision-tower shards"):
         convert(source, tmp_path / "out")
     assert choice_of(convert(source, tmp_path / "out", vision_tower="shards"))["taken"] == "shards"
@@ -281,7 +283,7 @@ def test_the_shards_can_be_asked_for_where_the_named_tower_is_no_convnext(source
 
 def test_a_deduced_configuration_is_the_towers_own(source, tmp_path):
     named = convert(source, tmp_path / "named")
-    originals.with_timm_names_in_the_shards(source)
+    golden_variants.with_timm_names_in_the_shards(source)
     deduced = convert(source, tmp_path / "deduced")
     ours, theirs = (json.loads((folder / "config.json").read_text())["vision_config"] for folder in (deduced, named))
     assert {key: ours[key] for key in ("depths", "hidden_sizes", "num_channels", "patch_size", "image_size")} == {
@@ -300,15 +302,15 @@ def compare(source: Path):
 
 def change_shards(source: Path, change) -> None:
     weights = load_file(source / "model.safetensors")
-    tower = {name: change(name, tensor) for name, tensor in weights.items() if name.startswith(originals.PREFIX)}
-    rest = {name: tensor for name, tensor in weights.items() if not name.startswith(originals.PREFIX)}
+    tower = {name: change(name, tensor) for name, tensor in weights.items() if name.startswith(golden_variants.PREFIX)}
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith(golden_variants.PREFIX)}
     save_file(
         rest | {name: tensor for name, tensor in tower.items() if tensor is not None}, source / "model.safetensors"
     )
 
 
 def test_identical_towers(source, tmp_path, caplog):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     with caplog.at_level(logging.INFO, logger="convllava_hf.convert"):
         out = convert(source, tmp_path / "out")
     assert f"are identical, all {TENSORS} tensors" in caplog.text
@@ -317,7 +319,7 @@ def test_identical_towers(source, tmp_path, caplog):
 
 
 def test_bfloat16_is_not_taken_for_a_difference(source):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     change_shards(source, lambda name, tensor: tensor.bfloat16())
     comparison = compare(source)
     assert comparison.as_dict() == {**IDENTICAL, "rounded_to": "bfloat16"}
@@ -326,9 +328,9 @@ def test_bfloat16_is_not_taken_for_a_difference(source):
     assert compare(source).differing == 2 and "differ in 2 of" in str(compare(source))
 
 
-@pytest.mark.parametrize("layout", [None, originals.as_sharded_bin, originals.as_sharded_safetensors])
+@pytest.mark.parametrize("layout", [None, golden_variants.as_sharded_bin, golden_variants.as_sharded_safetensors])
 def test_differences_are_counted_and_measured(source, layout):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     places = {"stages.0.layers.0.dwconv.bias": 0.25, "stages.2.layers.1.pwconv2.weight": 0.5}
 
     def change(name, tensor):
@@ -345,13 +347,13 @@ def test_differences_are_counted_and_measured(source, layout):
 
 
 def test_old_pickles_are_compared(source):
-    originals.tower_in_the_main_shards(source)
-    originals.as_old_pickle(source)
+    golden_variants.tower_in_the_main_shards(source)
+    golden_variants.as_old_pickle(source)
     assert compare(source).as_dict() == IDENTICAL
 
 
 def test_lacking_and_misshapen_tensors_differ(source):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
 
     def change(name, tensor):
         if name.endswith("stages.0.layers.0.dwconv.bias"):
@@ -365,7 +367,7 @@ def test_lacking_and_misshapen_tensors_differ(source):
 
 
 def test_what_is_no_number_differs(source):
-    originals.tower_in_the_main_shards(source)
+    golden_variants.tower_in_the_main_shards(source)
     change_shards(source, lambda name, tensor: tensor * float("nan") if name.endswith("stem.1.bias") else tensor)
     assert compare(source).identical
     change_shards(

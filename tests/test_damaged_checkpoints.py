@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ask, make_picture
+from conftest import ask, make_image
 
 from convllava_hf import cli
 from convllava_hf.errors import ConvLlavaError
@@ -33,7 +33,7 @@ def outcome(folder: Path) -> str:
     """Loads a checkpoint and asks it something."""
     try:
         assistant = load(folder, device="cpu", dtype="float32")
-        return assistant.answer(ask("What?", make_picture()), max_new_tokens=1).text
+        return assistant.answer(ask("What?", make_image()), max_new_tokens=1).text
     except ConvLlavaError as error:
         assert "\n" not in str(error) and len(str(error)) < 1500
         return f"refused: {error}"
@@ -126,7 +126,7 @@ def test_generation_settings_are_named(copy, values, said):
 
 def test_the_command_says_it_in_one_line(copy, tmp_path, capsys):
     (copy / "tokenizer.json").write_text('{"model": 5}')
-    make_picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     assert cli.main(["ask", str(copy), str(tmp_path / "a.png"), "What?"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("convllava: error: Cannot load the checkpoint") and "get it again" in line

@@ -6,7 +6,7 @@ import logging
 import pickle
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 from convllava_hf.data import load_training_data
 from convllava_hf.data.conversations import SampleError
@@ -31,7 +31,7 @@ def records(golden) -> list[dict]:
 
 @pytest.fixture
 def load(golden):
-    """Loads a data set whose pictures are the golden ones."""
+    """Loads a data set whose images are the golden ones."""
     return functools.partial(load_training_data, image_folder=golden / "images")
 
 
@@ -45,15 +45,15 @@ def write_lines(path, records) -> str:
     return str(path)
 
 
-def with_pictures_inside(rows: list[dict]) -> list[dict]:
-    """The rows as people publish them: with the pictures' bytes."""
+def with_images_inside(rows: list[dict]) -> list[dict]:
+    """The rows as people publish them: with the images' bytes."""
     inside = []
     for row in rows:
-        pictures = []
-        for picture in row["images"]:
-            with open(picture["path"], "rb") as file:
-                pictures.append({"bytes": file.read(), "path": None})
-        inside.append({"messages": row["messages"], "images": pictures})
+        images = []
+        for image in row["images"]:
+            with open(image["path"], "rb") as file:
+                images.append({"bytes": file.read(), "path": None})
+        inside.append({"messages": row["messages"], "images": images})
     return inside
 
 
@@ -73,13 +73,13 @@ def test_labels_are_the_originals(load, golden, tmp_path):
 
     from convllava_hf import ConvLlavaProcessor
     from convllava_hf.convert import convert_checkpoint
-    from convllava_hf.data.pictures import SafePictureCollator
+    from convllava_hf.data.collator import SafeImageCollator
 
     convert_checkpoint(golden / "checkpoint-init", tmp_path / "model", progress=False)
     processor = ConvLlavaProcessor.from_pretrained(tmp_path / "model")
     dataset = load(golden / "conversations.json")
     trl_collator = DataCollatorForVisionLanguageModeling(processor, max_length=2048, assistant_only_loss=True)
-    batch = SafePictureCollator(trl_collator, dataset)([dataset[index] for index in range(len(dataset))])
+    batch = SafeImageCollator(trl_collator, dataset)([dataset[index] for index in range(len(dataset))])
 
     expected = json.loads((golden / "labels.json").read_text())
     assert len(dataset) == len(expected) == 8
@@ -122,13 +122,13 @@ def test_json_lines_and_folders_of_them(load, records, rows, tmp_path):
 
 
 def test_hub_form_in_json(load, rows, golden, tmp_path):
-    hub = [{**row, "images": [picture["path"] for picture in row["images"]]} for row in rows]
+    hub = [{**row, "images": [image["path"] for image in row["images"]]} for row in rows]
     assert list(load(write_lines(tmp_path / "data.jsonl", hub))) == rows
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_and_saved_folders_with_pictures_inside(rows, tmp_path, streaming):
-    inside = with_pictures_inside(rows)
+def test_parquet_and_saved_folders_with_images_inside(rows, tmp_path, streaming):
+    inside = with_images_inside(rows)
     dataset = hub_dataset(inside)
     (tmp_path / "folder").mkdir()
     dataset.to_parquet(tmp_path / "folder" / "train-00000-of-00001.parquet")
@@ -145,8 +145,8 @@ def test_parquet_and_saved_folders_with_pictures_inside(rows, tmp_path, streamin
 
 
 @pytest.mark.parametrize("column", ["images", "image"])
-def test_pictures_in_a_table_are_not_copied(rows, tmp_path, column):
-    published = with_pictures_inside(rows) * 40
+def test_images_in_a_table_are_not_copied(rows, tmp_path, column):
+    published = with_images_inside(rows) * 40
     if column == "image":
         published = [{"messages": row["messages"], "image": next(iter(row["images"]), None)} for row in published]
     hub_dataset(published, image=hf.Image()).to_parquet(tmp_path / "data.parquet")
@@ -168,7 +168,7 @@ def test_other_columns_of_published_data_sets(rows, records, golden, tmp_path, s
         assert [row["messages"] for row in loaded] == [row["messages"] for row in rows]
         assert [row["images"] for row in loaded] == expected
 
-    inside = with_pictures_inside(rows)
+    inside = with_images_inside(rows)
     in_bytes, in_files = ([row["images"] for row in source] for source in (inside, rows))
     messages = {"messages": columns.FEATURES["messages"]}
     one = [{"messages": row["messages"], "image": next(iter(row["images"]), None)} for row in inside]
@@ -177,7 +177,7 @@ def test_other_columns_of_published_data_sets(rows, records, golden, tmp_path, s
     check(missing, {**messages, "images": hf.List(hf.Image()), "extra": hf.Value("int8")}, in_bytes)
     plain = {"path": hf.Value("string"), "bytes": hf.Value("binary")}  # no `datasets` wrote this
     check(inside, {**messages, "images": hf.List(plain)}, in_bytes)
-    named = [{**row, "images": [picture["path"].split("/")[-1] for picture in row["images"]]} for row in rows]
+    named = [{**row, "images": [image["path"].split("/")[-1] for image in row["images"]]} for row in rows]
     for row in named:
         del row["sample"]
     check(named, {**messages, "images": hf.List(hf.Value("string"))}, in_files, image_folder=golden / "images")
@@ -188,7 +188,7 @@ def test_other_columns_of_published_data_sets(rows, records, golden, tmp_path, s
 
 
 @pytest.mark.parametrize("source", ["text only", "no column"])
-def test_data_sets_without_pictures(rows, tmp_path, source):
+def test_data_sets_without_images(rows, tmp_path, source):
     features = {"messages": columns.FEATURES["messages"]}
     published = [{"messages": rows[5]["messages"]}] * 3
     if source == "text only":
@@ -235,16 +235,16 @@ def test_changed_file_is_read_again(load, records, tmp_path):
     assert len(load(write_lines(path, records[:2]))) == 2
 
 
-# --- pictures' folders
+# --- images' folders
 
 
-def test_pictures_lie_beside_the_file_by_default(records, tmp_path):
+def test_images_lie_beside_the_file_by_default(records, tmp_path):
     write_lines(tmp_path / "data.jsonl", records[:1])
     assert load_training_data(tmp_path / "data.jsonl")[0]["images"][0]["path"] == str(tmp_path / "wide.png")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_pictures_outside_the_folder_are_refused_by_name(load, records, rows, tmp_path, streaming):
+def test_images_outside_the_folder_are_refused_by_name(load, records, rows, tmp_path, streaming):
     path = write_lines(tmp_path / "data.jsonl", [records[0], {**records[1], "image": "../labels.json"}])
     with pytest.raises(ConvLlavaError, match=r"sample 1 \(image-last\).*'\.\./labels\.json'.* not inside"):
         list(load(path, streaming=streaming))
@@ -257,7 +257,7 @@ def test_pictures_outside_the_folder_are_refused_by_name(load, records, rows, tm
 
 
 def test_paths_in_a_table_are_located(rows, tmp_path):
-    make_picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     table = [{"messages": rows[0]["messages"], "images": [{"bytes": None, "path": "a.png"}]}]
     plain = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
     hub_dataset(table, images=hf.List(plain)).to_parquet(tmp_path / "data.parquet")
@@ -302,7 +302,7 @@ def test_broken_and_missing_files(load, tmp_path):
     assert "no such file or folder" in refused(tmp_path / "missing.json")
     assert "no such file or folder" in refused("data/missing.json")
     assert "'nobody/nothing'" in refused("nobody/nothing")  # an id; the Hub cannot be reached
-    assert "folder of the pictures" in refused(tmp_path / "broken.json", image_folder=tmp_path / "nowhere")
+    assert "image folder" in refused(tmp_path / "broken.json", image_folder=tmp_path / "nowhere")
 
 
 def test_arguments_that_do_not_go_together(tmp_path):
@@ -337,7 +337,7 @@ def test_mixture_without_weights_takes_everything(tmp_path, load, golden, rows, 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_weights_are_shares(tmp_path, caplog, streaming):
-    caplog.set_level(logging.INFO, logger="convllava_hf.data.sources")
+    caplog.set_level(logging.INFO, logger="convllava_hf.data.training_data")
     weights = {"a": 1, "b": 3, "c": 6, "d": 0}  # of any sum
     sizes = {"a": 1000, "b": 3000, "c": 900, "d": 5}  # `c` is used up first
     mixture = [{"path": text_file(tmp_path, name, sizes[name]), "weight": weights[name]} for name in weights]

@@ -10,15 +10,15 @@ import sys
 import bad_samples
 import pytest
 from bad_samples import BAD, conversation, in_file
-from conftest import make_picture
+from conftest import make_image
 from torch.utils.data import DataLoader
 
 from convllava_hf import cli
-from convllava_hf.data import load_training_data, reading
+from convllava_hf.data import json_reader, load_training_data
 from convllava_hf.data.bad_samples import BadSamples
 from convllava_hf.data.checking import check_data
 from convllava_hf.data.conversations import SampleError, UnreadableRecord, sample_of
-from convllava_hf.data.reading import BrokenFileError, SampleFile
+from convllava_hf.data.json_reader import BrokenFileError, SampleFile
 from convllava_hf.errors import ConvLlavaError
 
 
@@ -44,7 +44,7 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "data").mkdir()
-    make_picture().save(tmp_path / "data" / "good.png")
+    make_image().save(tmp_path / "data" / "good.png")
     return tmp_path / "data"
 
 
@@ -177,13 +177,13 @@ def test_every_process_leaves_out_the_same(folder, monkeypatch, caplog):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables(folder, streaming):
-    """What a table can hold of them, beside pictures in it and beside paths."""
+    """What a table can hold of them, beside images in it and beside paths."""
     content = (folder / "good.png").read_bytes()
     good, text_only = sample_of(GOOD[0])["messages"], sample_of(GOOD[1])["messages"]
     empty = [{**good[0]}, {"role": "assistant", "content": []}]
     rows = [
         (good, [content], None),
-        (good, [], None),  # no picture for the place
+        (good, [], None),  # no image for the place
         (empty, [content], None),
         (text_only, [], None),
         (text_only, [], "run.mp4"),
@@ -271,7 +271,7 @@ def test_a_table_with_text_that_is_not_utf8(folder):
 @pytest.mark.parametrize("chunk", [1, 7, 1000, 2**20])
 @pytest.mark.parametrize("form", ["json", "jsonl"])
 def test_reading_goes_on_after_a_sample_that_python_cannot_hold(chunk, form, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(json_reader, "CHUNK", chunk)
     texts = [text for kind, text in BAD if len(text) > 1000]
     kept = [json.dumps({"id": number, "text": ']}"\\\\" [{'}) for number in range(len(texts))]
     mixed = [text for pair in zip(kept, texts, strict=True) for text in pair]
@@ -338,7 +338,7 @@ def test_clean_file_replaces_nothing(folder, capsys, monkeypatch):
     before = (folder / "data.json").read_bytes()
     hf.Dataset.from_list([sample_of(GOOD[1])]).to_parquet(folder / "table.parquet")
     for source, target, says in (
-        (path, path, "is there already"),
+        (path, path, "already exists"),
         (path, folder / "good.png", "expected a name that ends in .json or .jsonl"),
         (path, folder / "nowhere" / "clean.json", "no folder that can be written to"),
         (path, f"{folder}/nul\0.json", "NUL"),
@@ -351,7 +351,8 @@ def test_clean_file_replaces_nothing(folder, capsys, monkeypatch):
     # Somebody else is faster, or the data change meanwhile.
     from convllava_hf.data import checking
 
-    for other, says in ((folder / "clean.json", "was written meanwhile"), (folder / "data.json", "has changed")):
+    beaten, changed = "was written by somebody else", "changed while it was being checked"
+    for other, says in ((folder / "clean.json", beaten), (folder / "data.json", changed)):
         monkeypatch.setattr(checking, "examine", lambda *args, file=other: file.write_text("[]") and _GOOD_ONE)
         code, _, err = check(capsys, path, "--write-clean", folder / "clean.json")
         assert code == 2 and says in err

@@ -11,19 +11,19 @@ from conftest import make_processor
 from PIL import Image
 
 from convllava_hf import cli, convert_boxes
-from convllava_hf.data import boxes as data_boxes
+from convllava_hf.data import box_frames as data_boxes
 from convllava_hf.data import load_training_data
-from convllava_hf.data.boxes import BoxCounts, in_model_frame
+from convllava_hf.data.box_frames import BoxCounts, in_model_frame
 from convllava_hf.data.checking import check_data
+from convllava_hf.data.collator import SafeImageCollator
 from convllava_hf.data.inspecting import inspect_sample
-from convllava_hf.data.pictures import SafePictureCollator
-from convllava_hf.demo.boxes import boxes_in, on_picture
+from convllava_hf.demo.answer_boxes import boxes_in, on_image
 from convllava_hf.demo.presets import Preset, view
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.evaluation.asking import Asker
 from convllava_hf.evaluation.benchmarks import BENCHMARKS
 from convllava_hf.evaluation.metrics import box_iou
-from convllava_hf.picture_options import with_picture_options
+from convllava_hf.evaluation.predictor import Predictor
+from convllava_hf.image_options import with_image_options
 
 
 hf = pytest.importorskip("datasets")
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def processor_of(mode: str):
-    return with_picture_options(make_processor(), MODES[mode])
+    return with_image_options(make_processor(), MODES[mode])
 
 
 def written(path, *samples: dict):
@@ -76,7 +76,7 @@ def sample(image, *texts: str, **more) -> dict:
 
 def rows_seen(dataset, processor) -> list[list[str]]:
     """The texts of each sample, as the collator hands them on."""
-    collator = SafePictureCollator(collator=_Kept(processor), dataset=dataset)
+    collator = SafeImageCollator(collator=_Kept(processor), dataset=dataset)
     return [[part["text"] for turn in row["messages"] for part in turn["content"] if part["text"]]
             for row in collator(list(dataset))]  # fmt: skip
 
@@ -109,31 +109,31 @@ def grounding(sizes: dict, frame: str, number: int, digits: int | None = 2):
     return samples, truths
 
 
-def learnt_answers(dataset, processor) -> list[str]:
+def learned_answers(dataset, processor) -> list[str]:
     """What the real collator, tokenizer and chat template teach a model to answer."""
     pytest.importorskip("trl")
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     theirs = DataCollatorForVisionLanguageModeling(processor, max_length=None, assistant_only_loss=True)
-    collator = SafePictureCollator(theirs, dataset)
+    collator = SafeImageCollator(theirs, dataset)
     answers = []
     for row in dataset:
         batch = collator([row])
-        learnt = batch["input_ids"][0][batch["labels"][0] != -100]
-        answers.append(processor.tokenizer.decode(learnt, skip_special_tokens=True).strip())
+        learned = batch["input_ids"][0][batch["labels"][0] != -100]
+        answers.append(processor.tokenizer.decode(learned, skip_special_tokens=True).strip())
     return answers
 
 
 def accuracy(answers, truths, folder, processor, images_kwargs=None) -> float:
     """By the scorer of `convllava eval`, of images as it opens them."""
-    asker = Asker(SimpleNamespace(processor=processor), None, 8, images_kwargs=images_kwargs or {})
+    predictor = Predictor(SimpleNamespace(processor=processor), None, 8, images_kwargs=images_kwargs or {})
     benchmark = BENCHMARKS["refcoco"]
     right = []
     for answer, (name, (left, top, right_, bottom)) in zip(answers, truths, strict=True):
         row = {"answer": ["thing"], "bbox": [left, top, right_ - left, bottom - top]}
         (question,) = benchmark.samples_of(row, 0, benchmark.prompt)
-        seen = asker._seen(processor.image_processor.fetch_images(str(folder / f"{name}.jpg")))
-        right.append(benchmark.judge(question, answer, seen)["score"])
+        seen = predictor._seen(processor.image_processor.fetch_images(str(folder / f"{name}.jpg")))
+        right.append(benchmark.scorer(question, answer, seen)["score"])
     return float(np.mean(right))
 
 
@@ -142,10 +142,10 @@ def accuracy(answers, truths, folder, processor, images_kwargs=None) -> float:
 @pytest.mark.parametrize("digits", [2, None], ids=["hundredths", "thousandths"])
 def test_a_perfect_student_finds_every_box(mode, frame, digits, folder, tmp_path):
     processor = processor_of("pad")
-    trained = with_picture_options(processor, MODES[mode])
+    trained = with_image_options(processor, MODES[mode])
     samples, truths = grounding(SIZES, frame, 4, digits)
     dataset = load_training_data(written(tmp_path / "data.json", *samples), image_folder=folder, boxes=frame)
-    answers = learnt_answers(dataset, trained)
+    answers = learned_answers(dataset, trained)
     assert accuracy(answers, truths, folder, trained) == 1
     # The same, of a checkpoint that sees squares and is told otherwise for the call alone.
     assert accuracy(answers, truths, folder, processor, MODES[mode]) == 1
@@ -153,7 +153,7 @@ def test_a_perfect_student_finds_every_box(mode, frame, digits, folder, tmp_path
     for answer, (name, truth) in zip(answers, truths, strict=True):
         height, width = SIZES[name]
         (box,) = boxes_in(answer)
-        drawn = on_picture(box, view(processor.image_processor, Preset("own", MODES[mode]), width, height))
+        drawn = on_image(box, view(processor.image_processor, Preset("own", MODES[mode]), width, height))
         drawn = (drawn.left * width, drawn.top * height, drawn.right * width, drawn.bottom * height)
         assert box_iou(drawn, truth) > 0.5
 
@@ -164,7 +164,7 @@ def test_without_rewriting_boxes_would_be_missed(mode, folder, tmp_path):
     processor = processor_of(mode)
     samples, truths = grounding({name: SIZES[name] for name in ("tall", "wide")}, "square", 12)
     dataset = load_training_data(written(tmp_path / "data.json", *samples), image_folder=folder, boxes="image")
-    answers = learnt_answers(dataset, processor)
+    answers = learned_answers(dataset, processor)
     assert accuracy(answers[:12], truths[:12], folder, processor) < 0.1
     assert accuracy(answers, truths, folder, processor) < 0.7
 
@@ -328,7 +328,7 @@ def test_inspect_draws_the_boxes_on_what_is_seen(mode, folder, checkpoint, tmp_p
     found = np.array([columns.min() / width, rows.min() / height, columns.max() / width, rows.max() / height])
     np.testing.assert_allclose(found, expected, atol=0.02)
 
-    seen = inspect_sample(path, folder, 0, checkpoint, pictures=MODES[mode], boxes="image")
+    seen = inspect_sample(path, folder, 0, checkpoint, image_options=MODES[mode], boxes="image")
     there = convert_boxes(BOX, 480, 640, "image", "square")
     assert (there if mode == "pad" else BOX) in seen.text
 
@@ -342,7 +342,7 @@ def test_batches_of_training_and_of_the_eval_loss_are_rewritten(frame, converted
     from training_runs import RECIPES
     from training_runs import run as train
 
-    from convllava_hf.record import read_record
+    from convllava_hf.training_record import read_record
 
     path = written(tmp_path / "data.json", *[sample("photo.jpg", f"In {BOX}?", f"At {BOX}.")] * 2)
     trainer = train(

@@ -7,16 +7,16 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 from convllava_hf import cli
 from convllava_hf.data import checking
 from convllava_hf.data.checking import check_data
 from convllava_hf.data.conversations import sample_of
+from convllava_hf.data.image_files import examine
 from convllava_hf.data.inspecting import inspect_sample
-from convllava_hf.data.picture_files import examine
-from convllava_hf.data.tokens import TokenCounter, with_pictures
+from convllava_hf.data.tokens import TokenCounter, with_images
 from convllava_hf.errors import ConvLlavaError
 
 
@@ -27,21 +27,21 @@ def conversation(question="<image>\nWhat?", answer="It.", **more) -> dict:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of good pictures of every format, and one of each bad kind."""
+    """A folder of good images of every format, and one of each bad kind."""
     folder = tmp_path_factory.mktemp("data") / "images"
     folder.mkdir()
-    picture = make_picture(80, 60)
+    image = make_image(80, 60)
     for name in ("a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff"):
-        picture.save(folder / name)
-    picture.convert("L").save(folder / "gray.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.save(folder / "progressive.jpg", progressive=True)
+        image.save(folder / name)
+    image.convert("L").save(folder / "gray.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.save(folder / "progressive.jpg", progressive=True)
     for name in ("a.png", "a.jpg", "a.webp", "a.gif", "progressive.jpg"):
         content = (folder / name).read_bytes()
         (folder / f"cut-{name}").write_bytes(content[: len(content) * 2 // 3])
     (folder / "zero.png").touch()
-    (folder / "text.jpg").write_text("no picture at all")
-    frames = [make_picture(8, 8, seed=seed) for seed in range(3)]
+    (folder / "text.jpg").write_text("no image at all")
+    frames = [make_image(8, 8, seed=seed) for seed in range(3)]
     for name in ("moving.gif", "moving.png", "moving.webp"):
         frames[0].save(folder / name, save_all=True, append_images=frames[1:])
     Image.new("1", (100_000, 1000)).save(folder / "bomb.png")  # 100 million pixels in a file of 12 kB
@@ -55,14 +55,14 @@ GOOD = ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff", "gray.png", "cmy
 CUT = ["cut-a.png", "cut-a.jpg", "cut-a.webp", "cut-a.gif", "cut-progressive.jpg"]
 MOVING = ["moving.gif", "moving.png", "moving.webp"]
 SOWN = [
-    *(("truncated picture", conversation(image=name)) for name in CUT),
-    *(("animated picture", conversation(image=name)) for name in MOVING),
-    ("missing picture", conversation(image="nowhere.png")),
-    ("placeholder mismatch", conversation(image="")),  # an empty path is no picture
-    ("empty picture", conversation(image="zero.png")),
-    ("unreadable picture", conversation(image="text.jpg")),
-    ("gigantic picture", conversation(image="bomb.png")),
-    ("gigantic picture", conversation(image="large-bomb.png")),
+    *(("truncated image", conversation(image=name)) for name in CUT),
+    *(("animated image", conversation(image=name)) for name in MOVING),
+    ("missing image", conversation(image="nowhere.png")),
+    ("placeholder mismatch", conversation(image="")),  # an empty path is no image
+    ("empty image", conversation(image="zero.png")),
+    ("unreadable image", conversation(image="text.jpg")),
+    ("gigantic image", conversation(image="bomb.png")),
+    ("gigantic image", conversation(image="large-bomb.png")),
     ("path escape", conversation(image="../outside.png")),
     ("path escape", conversation(image="link.png")),
     ("path escape", conversation(image="/etc/hostname")),
@@ -96,8 +96,8 @@ def test_golden_data_are_clean(golden, checkpoint, capsys):
     code, out, err = run(capsys, *argv)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    counts = {name: report[name] for name in ("ok", "samples", "bad_samples", "text_only", "turns", "pictures")}
-    assert counts == {"ok": True, "samples": 8, "bad_samples": 0, "text_only": 1, "turns": 22, "pictures": 7}
+    counts = {name: report[name] for name in ("ok", "samples", "bad_samples", "text_only", "turns", "images")}
+    assert counts == {"ok": True, "samples": 8, "bad_samples": 0, "text_only": 1, "turns": 22, "images": 7}
     assert report["problems"] == []
 
 
@@ -124,9 +124,9 @@ def test_each_kind_is_found(images, tmp_path, kind, record):
     assert report.samples == 2 and report.bad_samples == 1 and not report.clean
 
 
-def test_good_pictures_are_found_good(images, tmp_path):
+def test_good_images_are_found_good(images, tmp_path):
     report = check_data(write(tmp_path / "data.json", [conversation(image=name) for name in GOOD]), images)
-    assert report.clean and report.pictures == len(GOOD)
+    assert report.clean and report.images == len(GOOD)
 
 
 def test_sown_data_set_as_table_and_json(images, tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_sown_data_set_as_table_and_json(images, tmp_path, capsys):
     assert "and 2 more" in out  # five are cut short, three of them shown
 
 
-def test_lengths_and_what_is_learnt(checkpoint, images, tmp_path, capsys):
+def test_lengths_and_what_is_learned(checkpoint, images, tmp_path, capsys):
     long = "word " * 100
     records = [
         conversation(image="a.png"),
@@ -183,8 +183,8 @@ def test_many_samples_are_checked_by_workers(images, tmp_path, checkpoint, monke
         records[index] = conversation(image="nowhere.png", id=index)
     path = write(tmp_path / "data.json", records)
     alone = check_data(path, images, model=checkpoint, workers=1)
-    assert alone.counts == {"missing picture": 4}
-    assert [problem.sample for problem in alone.problems["missing picture"]] == [5, 131, 280]
+    assert alone.counts == {"missing image": 4}
+    assert [problem.sample for problem in alone.problems["missing image"]] == [5, 131, 280]
     assert check_data(path, images, model=checkpoint, workers=2) == alone
 
 
@@ -211,8 +211,8 @@ def test_tables_are_checked_too(images, tmp_path, golden, monkeypatch):
     features = hf.Features({name: FEATURES[name] for name in ("messages", "images")})
     hf.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
     report = check_data(tmp_path / "data.parquet")
-    assert report.counts == {"truncated picture": 1, "empty picture": 1, "placeholder mismatch": 1}
-    assert report.samples == 4 and report.pictures == 3
+    assert report.counts == {"truncated image": 1, "empty image": 1, "placeholder mismatch": 1}
+    assert report.samples == 4 and report.images == 3
 
 
 def test_mistakes_in_check(images, tmp_path, golden, checkpoint, capsys):
@@ -232,7 +232,7 @@ def test_mistakes_in_check(images, tmp_path, golden, checkpoint, capsys):
 
 def test_what_is_found_good_can_be_opened(processor):
     """Over damaged files of many kinds: what passes the check is opened in training as well, and what does not is
-    not. Only pictures that move or are too large are opened but refused."""
+    not. Only images that move or are too large are opened but refused."""
     rng = np.random.default_rng(0)
     encoded = []
     for options in (
@@ -242,7 +242,7 @@ def test_what_is_found_good_can_be_opened(processor):
         {"format": "WEBP"},
     ):
         buffer = io.BytesIO()
-        make_picture(60, 80).save(buffer, **options)
+        make_image(60, 80).save(buffer, **options)
         encoded.append(buffer.getvalue())
     outcomes = {True: 0, False: 0}
     for _ in range(600):
@@ -252,33 +252,33 @@ def test_what_is_found_good_can_be_opened(processor):
         else:
             for _ in range(rng.integers(1, 6)):
                 content[rng.integers(len(content))] = rng.integers(256)
-        picture = {"bytes": bytes(content), "path": None}
+        image = {"bytes": bytes(content), "path": None}
         try:
-            processor.image_processor(picture)
+            processor.image_processor(image)
             opens = True
         except ValueError:
             opens = False
-        examined = examine(picture)
+        examined = examine(image)
         assert opens or examined.kind is not None, examined
-        assert not opens or examined.kind in (None, "animated picture", "gigantic picture"), examined
+        assert not opens or examined.kind in (None, "animated image", "gigantic image"), examined
         outcomes[opens] += 1
     assert min(outcomes.values()) > 100
 
 
-def test_size_is_that_of_the_upright_picture(tmp_path):
+def test_size_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    make_picture(40, 90).save(tmp_path / "turned.jpg", exif=exif)
-    make_picture(40, 90).save(tmp_path / "plain.jpg")
+    make_image(40, 90).save(tmp_path / "turned.jpg", exif=exif)
+    make_image(40, 90).save(tmp_path / "plain.jpg")
     assert examine({"bytes": None, "path": str(tmp_path / "turned.jpg")}).size == (90, 40)
     assert examine({"bytes": None, "path": str(tmp_path / "plain.jpg")}).size == (40, 90)
 
 
-def test_counting_prepares_no_picture(processor, monkeypatch):
+def test_counting_prepares_no_image(processor, monkeypatch):
     sample = sample_of(conversation("<image>\n<image>\nWhich?", image=["a.png", "b.png"]))
-    pictures = [make_picture(30, 50), make_picture(70, 20)]
+    images = [make_image(30, 50), make_image(70, 20)]
     real = processor.apply_chat_template(
-        with_pictures(sample["messages"], pictures),
+        with_images(sample["messages"], images),
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
@@ -309,11 +309,11 @@ def test_inspect_shows_the_golden_sample(golden, checkpoint, tmp_path, capsys):
     from convllava_hf import ConvLlavaProcessor
 
     image_processor = ConvLlavaProcessor.from_pretrained(checkpoint).image_processor
-    with Image.open(golden / "images" / "photo.jpg") as picture:
-        expected = image_processor(picture)["pixel_values"][0]
-    with Image.open(tmp_path / "seen.png") as picture:
-        assert picture.size == (128, 128)
-        seen = image_processor(picture)["pixel_values"][0]
+    with Image.open(golden / "images" / "photo.jpg") as image:
+        expected = image_processor(image)["pixel_values"][0]
+    with Image.open(tmp_path / "seen.png") as image:
+        assert image.size == (128, 128)
+        seen = image_processor(image)["pixel_values"][0]
     assert np.abs(np.asarray(seen) - np.asarray(expected)).max() < 1e-5
 
 
@@ -322,7 +322,7 @@ def test_tokens_are_the_rendered_text(golden, checkpoint):
     for index in range(8):
         seen = inspect_sample(golden / "conversations.json", golden / "images", index, checkpoint)
         assert "".join(token.text for token in seen.tokens) == seen.text.replace("<image>", "<image>" * 4)
-        assert seen.visual == 4 * len(seen.pictures) and 0 < seen.supervised < len(seen.tokens)
+        assert seen.visual == 4 * len(seen.images) and 0 < seen.supervised < len(seen.tokens)
 
 
 def test_inspect_in_a_terminal(golden, checkpoint, capsys, monkeypatch):
@@ -330,7 +330,7 @@ def test_inspect_in_a_terminal(golden, checkpoint, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     source = [golden / "conversations.json", "--images", golden / "images", "--model", checkpoint, "--index", 5]
     out = run(capsys, "inspect", *source)[1]
-    assert "\033[1;32m" in out and "[[" not in out and "No pictures" in out
+    assert "\033[1;32m" in out and "[[" not in out and "No images" in out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in run(capsys, "inspect", *source)[1]
 
@@ -344,7 +344,7 @@ def test_text_cannot_steer_the_terminal(images, checkpoint, tmp_path, capsys):
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out) and "\\x1b[2J.png" in out
 
 
-def test_inspect_saves_each_picture(images, checkpoint, tmp_path, capsys):
+def test_inspect_saves_each_image(images, checkpoint, tmp_path, capsys):
     record = conversation("<image>\n<image>\nWhich?", image=["a.png", "gray.png"])
     path = write(tmp_path / "data.json", [record])
     argv = ["inspect", path, "--images", images, "--model", checkpoint, "--index", 0, "--save"]

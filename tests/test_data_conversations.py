@@ -1,4 +1,4 @@
-"""Records of LLaVA's and the Hub's form become messages and pictures, and files are read sample by sample."""
+"""Records of LLaVA's and the Hub's form become messages and images, and files are read sample by sample."""
 
 import copy
 import json
@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from convllava_hf.data import reading
-from convllava_hf.data.conversations import SampleError, as_parts, count_pictures, messages_of, pictures_of, sample_of
-from convllava_hf.data.paths import PictureFolder, located
-from convllava_hf.data.reading import BrokenFileError, SampleFile
+from convllava_hf.data import json_reader
+from convllava_hf.data.conversations import SampleError, as_parts, count_images, images_of, messages_of, sample_of
+from convllava_hf.data.json_reader import BrokenFileError, SampleFile
+from convllava_hf.data.paths import ImageFolder, located
 from convllava_hf.errors import ConvLlavaError
 
 
-PICTURE = {"type": "image", "text": None}
+IMAGE = {"type": "image", "text": None}
 
 
 def text(value: str) -> dict:
@@ -36,20 +36,20 @@ def refused(record) -> SampleError:
 # --- LLaVA's form
 
 
-def test_pictures_go_before_the_question_and_its_blanks_are_cut():
+def test_images_go_before_the_question_and_its_blanks_are_cut():
     for value in ("<image>\nWhat?", "What?\n<image>", "  What?  <image>  ", "<image>What?"):
         (user, answer) = messages_of(llava(value, " A. "))
-        assert user == {"role": "user", "content": [PICTURE, text("What?")]}
+        assert user == {"role": "user", "content": [IMAGE, text("What?")]}
         assert answer == {"role": "assistant", "content": [text(" A. ")]}
-    # Without a picture the text stays as it is.
+    # Without an image the text stays as it is.
     assert messages_of(llava("  What? \n", "A"))[0]["content"] == [text("  What? \n")]
 
 
-def test_several_pictures_stay_where_the_text_has_them():
+def test_several_images_stay_where_the_text_has_them():
     both = messages_of(llava("<image>\n<image>\nWhich?", "A"))[0]["content"]
-    assert both == [PICTURE, PICTURE, text("Which?")]
+    assert both == [IMAGE, IMAGE, text("Which?")]
     among = messages_of(llava("First <image> then <image>: which?", "A"))[0]["content"]
-    assert among == [text("First "), PICTURE, text(" then "), PICTURE, text(": which?")]
+    assert among == [text("First "), IMAGE, text(" then "), IMAGE, text(": which?")]
 
 
 def test_leading_model_turn_is_left_out_and_a_system_message_stays():
@@ -89,10 +89,10 @@ def test_record_is_not_changed(golden):
         (
             llava("<image>\nWhat?", "A"),
             "placeholder mismatch",
-            "1 place for a picture (<image>), and the sample has 0",
+            "1 place for an image (<image>), and the sample has 0",
         ),
         (llava("What?", "A", image="a.png"), "placeholder mismatch", "0 places"),
-        (llava("<image>\nWhat?", "A", image=["a.png", "b.png"]), "placeholder mismatch", "2 pictures"),
+        (llava("<image>\nWhat?", "A", image=["a.png", "b.png"]), "placeholder mismatch", "2 images"),
         (llava("<image>What?", "See <image>", image="a.png"), "placeholder mismatch", "the assistant's text"),
         (llava("<image>What?", "A", image={"file": "a.png"}), "malformed", "`image`"),
         (llava("<image>What?", "A", image=["a.png", 3]), "malformed", "`image`"),
@@ -106,13 +106,13 @@ def test_what_cannot_be_trained_on_is_refused_by_kind(record, kind, says):
     assert isinstance(error, ConvLlavaError)
 
 
-def test_pictures_of_a_record():
-    assert pictures_of({}) == pictures_of({"image": None}) == pictures_of({"image": ""}) == []
-    assert pictures_of({"image": []}) == []
-    assert pictures_of({"image": "a.png"}) == ["a.png"]
-    assert pictures_of({"images": ["a.png", "b.png"], "image": None}) == ["a.png", "b.png"]
+def test_images_of_a_record():
+    assert images_of({}) == images_of({"image": None}) == images_of({"image": ""}) == []
+    assert images_of({"image": []}) == []
+    assert images_of({"image": "a.png"}) == ["a.png"]
+    assert images_of({"images": ["a.png", "b.png"], "image": None}) == ["a.png", "b.png"]
     row = {"bytes": b"...", "path": None}
-    assert pictures_of({"image": row}) == pictures_of({"images": [row]}) == [row]
+    assert images_of({"image": row}) == images_of({"images": [row]}) == [row]
 
 
 # --- the Hub's form
@@ -121,7 +121,7 @@ def test_pictures_of_a_record():
 def test_parts_of_the_hub_form_are_llavas():
     as_hub = {
         "messages": [
-            {"role": "user", "content": [PICTURE, text("What?")]},
+            {"role": "user", "content": [IMAGE, text("What?")]},
             {"role": "assistant", "content": [text("A")]},
         ],
         "images": ["a.png"],
@@ -138,11 +138,11 @@ def test_parts_of_the_hub_form_are_llavas():
 def test_content_as_text():
     said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A"}]
     assert as_parts(said) == messages_of(llava("What?", "A"))
-    # TRL puts pictures that have no place before the first user's text; `<image>` is a place as in LLaVA.
-    assert as_parts(said, pictures=2)[0]["content"] == [PICTURE, PICTURE, text("What?")]
+    # TRL puts images that have no place before the first user's text; `<image>` is a place as in LLaVA.
+    assert as_parts(said, images=2)[0]["content"] == [IMAGE, IMAGE, text("What?")]
     placed = [{"role": "user", "content": "What?\n<image>"}, said[1]]
-    assert as_parts(placed, pictures=1) == messages_of(llava("What?\n<image>", "A"))
-    assert count_pictures(as_parts(placed, pictures=2)) == 1
+    assert as_parts(placed, images=1) == messages_of(llava("What?\n<image>", "A"))
+    assert count_images(as_parts(placed, images=2)) == 1
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_content_as_text():
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "malformed"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "empty answer"),
         (
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": [PICTURE, text("b")]}],
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": [IMAGE, text("b")]}],
             "placeholder mis",
         ),
         ([{"role": "user", "content": [text("<image>a")]}, {"role": "assistant", "content": "b"}], "placeholder mis"),
@@ -166,7 +166,7 @@ def test_messages_that_cannot_be_trained_on(messages, kind):
     assert refused({"messages": messages}).kind.startswith(kind)
 
 
-# --- where pictures may lie
+# --- where images may lie
 
 
 def test_paths_stay_in_the_folder(tmp_path):
@@ -178,29 +178,29 @@ def test_paths_stay_in_the_folder(tmp_path):
     (root / "link.png").symlink_to(other / "secret.png")
     (root / "linked").symlink_to(other)
     (tmp_path / "alias").symlink_to(root)
-    folder = PictureFolder(root)
+    folder = ImageFolder(root)
     for name in ("a.png", "sub/a.png", "sub/../a.png", "inside.png", f"{root}/a.png", "..png", "sub/..a"):
         assert folder.path_of(name) == str(root / name)
-        assert PictureFolder(tmp_path / "alias").path_of(name)
+        assert ImageFolder(tmp_path / "alias").path_of(name)
     for name in ("../other/secret.png", f"{other}/secret.png", "link.png", "linked/secret.png", "sub/../../images2/a",
                  "", ".", "sub/..", "/etc/passwd", "../imagesX/a.png"):  # fmt: skip
-        with pytest.raises(SampleError, match="(is|which is) not inside the picture folder") as caught:
+        with pytest.raises(SampleError, match="(is|which is) not inside the image folder") as caught:
             folder.path_of(name)
         assert caught.value.kind == "path escape" and repr(name) in str(caught.value)
     for name in ("http://host/a.png", "a\0b"):
-        with pytest.raises(SampleError, match="is no path"):
+        with pytest.raises(SampleError, match="is not a path"):
             folder.path_of(name)
     with pytest.raises(ConvLlavaError, match="check the path"):
-        PictureFolder(tmp_path / "nowhere")
+        ImageFolder(tmp_path / "nowhere")
 
 
 def test_bytes_need_no_folder(tmp_path):
     row = {"bytes": b"x", "path": "name.png"}
-    assert located(row, PictureFolder(None)) == row
+    assert located(row, ImageFolder(None)) == row
     for name in ("a.png", "/a.png"):
-        with pytest.raises(SampleError, match="say in which folder"):
-            located({"bytes": None, "path": name}, PictureFolder(None))
-    allowed = PictureFolder(None, (tmp_path,))
+        with pytest.raises(SampleError, match="name the folder that holds"):
+            located({"bytes": None, "path": name}, ImageFolder(None))
+    allowed = ImageFolder(None, (tmp_path,))
     assert located({"bytes": None, "path": f"{tmp_path}/a.png"}, allowed)["path"] == f"{tmp_path}/a.png"
     with pytest.raises(SampleError, match="is not inside"):
         located({"bytes": None, "path": "/etc/passwd"}, allowed)
@@ -219,7 +219,7 @@ NASTY = [
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 2**20])
 @pytest.mark.parametrize("ascii", [True, False])
 def test_array_equals_json_load(tmp_path, monkeypatch, chunk, ascii):
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(json_reader, "CHUNK", chunk)
     samples = NASTY if ascii else NASTY[:-1]  # half a surrogate pair cannot be written as UTF-8
     path = tmp_path / "data.json"
     for indent, blanks in ((None, ""), (3, "\n\r\t " * 50)):
@@ -232,7 +232,7 @@ def test_array_equals_json_load(tmp_path, monkeypatch, chunk, ascii):
 
 @pytest.mark.parametrize("chunk", [1, 13, 2**20])
 def test_lines_equal_json_loads(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(reading, "CHUNK", chunk)
+    monkeypatch.setattr(json_reader, "CHUNK", chunk)
     path = tmp_path / "data.json"  # by its content, not by its name
     for end in ("\n", "\r\n", "\n\n \n"):
         path.write_bytes(end.join(json.dumps(sample) for sample in NASTY).encode())
@@ -250,7 +250,7 @@ def samples_before_the_break(path) -> tuple[list, BrokenFileError]:
 
 
 def test_truncated_file_gives_what_is_whole_and_then_says_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", 16)
+    monkeypatch.setattr(json_reader, "CHUNK", 16)
     path = tmp_path / "data.json"
     pieces = ["[", *(json.dumps(sample, indent=1) + "," for sample in NASTY[:3])]
     content = "\n".join(pieces)
@@ -264,7 +264,7 @@ def test_truncated_file_gives_what_is_whole_and_then_says_where(tmp_path, monkey
 
 
 def test_corrupted_file_is_refused_where_json_load_refuses_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", 32)
+    monkeypatch.setattr(json_reader, "CHUNK", 32)
     path = tmp_path / "data.json"
     content = json.dumps([{"a": [1, "x", None], "b": {"c": "d\n\u00e9"}}] * 4)
     rng = random.Random(0)
@@ -307,14 +307,14 @@ def test_broken_files_say_line_and_column(tmp_path, content, says):
 
 
 def test_error_in_a_large_file_is_found_without_reading_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "CHUNK", 1000)
+    monkeypatch.setattr(json_reader, "CHUNK", 1000)
     path = tmp_path / "data.json"
     path.write_text('[{"a": 1}, {"b": oops},' + '{"c": "' + "x" * 100_000 + '"}]')
     file = SampleFile(path)
     with pytest.raises(BrokenFileError):
         list(file)
     assert file.position < 50_000
-    monkeypatch.setattr(reading, "LARGEST_SAMPLE", 10_000)
+    monkeypatch.setattr(json_reader, "LARGEST_SAMPLE", 10_000)
     path.write_text('[{"a": 1}, {"b": "' + "x" * 100_000)
     with pytest.raises(BrokenFileError, match="longer than 10000"):
         list(file)

@@ -1,4 +1,4 @@
-"""What is behind the web page: boxes, pictures of strangers, presets, the Space, the command. Needs no gradio."""
+"""What is behind the web page: boxes, images of strangers, presets, the Space, the command. Needs no gradio."""
 
 import ast
 import asyncio
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_picture, make_processor, picture_with_broken_exif
+from conftest import image_with_broken_exif, make_image, make_processor
 from demo_models import BOXES
 from PIL import Image
 
 from convllava_hf import cli
 from convllava_hf.demo import space_files
-from convllava_hf.demo.boxes import Box, boxes_in, draw, on_picture
+from convllava_hf.demo.answer_boxes import Box, boxes_in, draw, on_image
 from convllava_hf.demo.examples import write_examples
 from convllava_hf.demo.guard import Guard
+from convllava_hf.demo.images import read_image
 from convllava_hf.demo.limits import Limits
-from convllava_hf.demo.pictures import read_picture
 from convllava_hf.demo.presets import Preset, presets, view
 from convllava_hf.demo.space import GRADIO_VERSION
 from convllava_hf.errors import ConvLlavaError
@@ -65,16 +65,16 @@ def test_other_numbers_are_no_boxes(text):
 
 @pytest.mark.parametrize(("width", "height"), [(300, 120), (120, 301), (200, 200), (640, 37)])
 def test_the_padding_is_undone(width, height):
-    """Against the image processor itself: a mark drawn on the picture is found in what the model sees."""
+    """Against the image processor itself: a mark drawn on the image is found in what the model sees."""
     left, top, right, bottom = width // 4, height // 3, width // 4 + width // 3, height // 3 + height // 2
-    picture = Image.new("RGB", (width, height), "black")
-    picture.paste((255, 255, 255), (left, top, right, bottom))
+    image = Image.new("RGB", (width, height), "black")
+    image.paste((255, 255, 255), (left, top, right, bottom))
     processor = make_processor(768).image_processor
-    white = processor(picture, return_tensors="np")["pixel_values"][0].min(axis=0) > 1
+    white = processor(image, return_tensors="np")["pixel_values"][0].min(axis=0) > 1
     rows, columns = np.where(white)
     seen = Box(columns.min() / 768, rows.min() / 768, (columns.max() + 1) / 768, (rows.max() + 1) / 768)
-    found = on_picture(seen, view(processor, Preset("own"), width, height))
-    tolerance = 2 * max(width, height) / 768 + 1  # two pixels of the model's view, in pixels of the picture
+    found = on_image(seen, view(processor, Preset("own"), width, height))
+    tolerance = 2 * max(width, height) / 768 + 1  # two pixels of the model's view, in pixels of the image
     for edge, expected in [
         (found.left * width, left),
         (found.top * height, top),
@@ -84,26 +84,26 @@ def test_the_padding_is_undone(width, height):
         assert edge == pytest.approx(expected, abs=tolerance)
 
 
-def test_a_box_is_cut_at_the_picture_and_gone_in_the_padding():
-    wide = view(make_processor().image_processor, Preset("own"), 400, 200)  # the picture is the middle half
-    assert on_picture(Box(0, 0, 1, 1), wide) == Box(0, 0, 1, 1)
-    assert on_picture(Box(0.5, 0.1, 1, 0.5), wide) == Box(0.5, 0, 1, 0.5)
-    assert on_picture(Box(0.2, 0.0, 0.4, 0.25), wide) is None
-    assert on_picture(Box(0.2, 0.76, 0.4, 0.9), wide) is None
+def test_a_box_is_cut_at_the_image_and_gone_in_the_padding():
+    wide = view(make_processor().image_processor, Preset("own"), 400, 200)  # the image is the middle half
+    assert on_image(Box(0, 0, 1, 1), wide) == Box(0, 0, 1, 1)
+    assert on_image(Box(0.5, 0.1, 1, 0.5), wide) == Box(0.5, 0, 1, 0.5)
+    assert on_image(Box(0.2, 0.0, 0.4, 0.25), wide) is None
+    assert on_image(Box(0.2, 0.76, 0.4, 0.9), wide) is None
 
 
 def test_boxes_are_drawn_where_they_are():
-    picture = Image.new("RGB", (400, 200), "white")
-    drawn = np.asarray(draw(picture, [Box(0.25, 0.5, 0.75, 1.0)]))
+    image = Image.new("RGB", (400, 200), "white")
+    drawn = np.asarray(draw(image, [Box(0.25, 0.5, 0.75, 1.0)]))
     rows, columns = np.where((drawn != 255).any(axis=-1))
     assert (columns.min(), columns.max()) == (100, 299)
     assert (rows.min(), rows.max()) == (100, 199)
     assert (drawn[120:180, 120:280] == 255).all()  # the inside stays visible
-    assert (np.asarray(picture) == 255).all()
+    assert (np.asarray(image) == 255).all()
     assert max(draw(Image.new("RGB", (5000, 40)), [Box(0, 0, 1, 1)] * 100).size) == 1280
 
 
-# --- pictures
+# --- images
 
 
 @pytest.fixture(scope="module")
@@ -115,39 +115,39 @@ def bomb(tmp_path_factory):
     return path
 
 
-def test_pictures_are_read_upright_in_rgb_and_bounded(tmp_path):
-    sideways = make_picture(60, 100)
+def test_images_are_read_upright_in_rgb_and_bounded(tmp_path):
+    sideways = make_image(60, 100)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     sideways.save(tmp_path / "a.jpg", exif=exif)
-    assert read_picture(tmp_path / "a.jpg", LIMITS).size == (60, 100)
-    make_picture(50, 50, mode="RGBA").save(tmp_path / "b.png")
-    assert read_picture(tmp_path / "b.png", LIMITS).mode == "RGB"
+    assert read_image(tmp_path / "a.jpg", LIMITS).size == (60, 100)
+    make_image(50, 50, mode="RGBA").save(tmp_path / "b.png")
+    assert read_image(tmp_path / "b.png", LIMITS).mode == "RGB"
     Image.new("RGB", (9000, 100)).save(tmp_path / "c.png")
-    assert read_picture(tmp_path / "c.png", LIMITS).size == (4096, 46)
+    assert read_image(tmp_path / "c.png", LIMITS).size == (4096, 46)
 
 
-def test_a_small_picture_is_untouched(tmp_path):
-    picture = make_picture(300, 400)
-    picture.save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", LIMITS).tobytes() == picture.tobytes()
+def test_a_small_image_is_untouched(tmp_path):
+    image = make_image(300, 400)
+    image.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", LIMITS).tobytes() == image.tobytes()
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(bomb, tmp_path):
     start = time.perf_counter()
     with pytest.raises(ConvLlavaError, match="too large.*50 million"):
-        read_picture(bomb, LIMITS)
+        read_image(bomb, LIMITS)
     Image.new("1", (10_000, 6_000)).save(tmp_path / "large.png")
     with pytest.raises(ConvLlavaError, match="10000 x 6000 pixels, and this page takes 50 million"):
-        read_picture(tmp_path / "large.png", LIMITS)
+        read_image(tmp_path / "large.png", LIMITS)
     assert time.perf_counter() - start < 2
 
 
-def test_files_that_are_no_pictures_are_refused_without_naming_their_place(tmp_path):
-    make_picture().save(tmp_path / "whole.png")
+def test_files_that_are_no_images_are_refused_without_naming_their_place(tmp_path):
+    make_image().save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     files = {
-        "text.jpg": b"no picture at all",
+        "text.jpg": b"no image at all",
         "empty.png": b"",
         "half.png": whole[: len(whole) // 2],
         "header.png": whole[:40],
@@ -157,14 +157,14 @@ def test_files_that_are_no_pictures_are_refused_without_naming_their_place(tmp_p
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConvLlavaError, match="no picture|damaged") as caught:
-            read_picture(tmp_path / name, LIMITS)
+        with pytest.raises(ConvLlavaError, match="no image|damaged") as caught:
+            read_image(tmp_path / name, LIMITS)
         assert str(tmp_path) not in str(caught.value) and name not in str(caught.value)
 
 
-def test_a_picture_with_broken_exif_is_shown_upright(tmp_path):
-    (tmp_path / "exif.jpg").write_bytes(picture_with_broken_exif())
-    assert read_picture(tmp_path / "exif.jpg", LIMITS).size == make_picture().size[::-1]
+def test_an_image_with_broken_exif_is_shown_upright(tmp_path):
+    (tmp_path / "exif.jpg").write_bytes(image_with_broken_exif())
+    assert read_image(tmp_path / "exif.jpg", LIMITS).size == make_image().size[::-1]
 
 
 # --- presets
@@ -183,7 +183,7 @@ def test_presets_are_multiples_of_the_stride_up_to_the_checkpoints_own():
     assert [len(presets(make_processor(side).image_processor)) for side in (64, 128, 192, 512)] == [1, 2, 3, 5]
 
 
-def test_a_checkpoint_of_native_pictures_offers_its_own_way_first():
+def test_a_checkpoint_of_native_images_offers_its_own_way_first():
     offered = presets(make_processor(768, preset="large").image_processor)
     assert list(offered) == [
         "own shape · up to 576 visual tokens",
@@ -201,12 +201,12 @@ def test_a_checkpoint_of_native_pictures_offers_its_own_way_first():
 def test_a_preset_shows_the_model_that_many_pixels(own, shape):
     """The figures of a preset are those of the processor's own call."""
     processor = make_processor(768, **own)
-    picture = make_picture(*shape)
+    image = make_image(*shape)
     for preset in presets(processor.image_processor).values():
-        data = processor.image_processor(picture, return_tensors="np", **preset.images_kwargs)
-        seen = view(processor.image_processor, preset, *picture.size)
+        data = processor.image_processor(image, return_tensors="np", **preset.images_kwargs)
+        seen = view(processor.image_processor, preset, *image.size)
         assert data["pixel_values"].shape[2:] == (seen.height, seen.width)
-        inputs = processor(picture, "<image>", images_kwargs=dict(preset.images_kwargs))
+        inputs = processor(image, "<image>", images_kwargs=dict(preset.images_kwargs))
         assert inputs["input_ids"][0].count(processor.image_token_id) == seen.visual_tokens
         whole = (seen.left, seen.top, seen.across, seen.down) == (0, 0, 1, 1)
         assert whole is (shape[0] == shape[1] or "px" not in preset.name or "shorter" in preset.name)
@@ -215,11 +215,11 @@ def test_a_preset_shows_the_model_that_many_pixels(own, shape):
 # --- examples, the Space, the command
 
 
-def test_examples_are_pictures_with_questions(tmp_path):
+def test_examples_are_images_with_questions(tmp_path):
     examples = write_examples(tmp_path / "examples")
     assert len(examples) == 4
     for path, question in examples:
-        assert max(read_picture(path, LIMITS).size) == 1200 and question[-1] in "?."
+        assert max(read_image(path, LIMITS).size) == 1200 and question[-1] in "?."
 
 
 def test_space_files_describe_the_space():
@@ -242,7 +242,7 @@ def test_space_files_are_the_packages_own():
 
     package = Path(convllava_hf.__file__).parent
     files = space_files("someone/model")
-    for name in ("inference.py", "demo/page.py", "demo/talk.py"):
+    for name in ("inference.py", "demo/page.py", "demo/chat_session.py"):
         assert files[f"convllava_hf/{name}"] == (package / name).read_text(encoding="utf-8")
     assert "convllava_hf/modeling/modeling_convllava.py" in files
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from browser import CHROMIUM, chromium
-from conftest import make_picture
+from conftest import make_image
 from demo_models import BOXES, LONG, PLAIN, scripted_assistant
 
 from convllava_hf.demo.limits import Limits
@@ -22,7 +22,7 @@ from convllava_hf.demo.serving import page_of  # noqa: E402
 ASK, STOP = "#question .submit-button", "#question .stop-button"
 SAID = "[...document.querySelectorAll('#chat [data-testid] span.chatbot')].map(each => each.innerText.trim())"
 STATUS = "document.querySelector('#status').innerText"
-FILE = "#picture input[type=file]"
+FILE = "#image input[type=file]"
 UPLOAD = 300_000
 
 
@@ -53,20 +53,20 @@ def fresh_page(browser, url, **size):
     browser.requests.clear()
     browser.problems.clear()
     browser.open(url, **size)
-    browser.wait("document.querySelector('#picture input[type=file]') !== null", seconds=120)  # a busy machine
+    browser.wait("document.querySelector('#image input[type=file]') !== null", seconds=120)  # a busy machine
     browser.wait(f"document.querySelector({json.dumps(ASK)}) !== null")
     return browser
 
 
 @pytest.fixture
-def picture(tmp_path):
-    make_picture(300, 400).save(tmp_path / "picture.jpg")
-    return tmp_path / "picture.jpg"
+def image(tmp_path):
+    make_image(300, 400).save(tmp_path / "image.jpg")
+    return tmp_path / "image.jpg"
 
 
-def show(browser, picture) -> None:
-    browser.upload(FILE, picture)
-    browser.wait("document.querySelector('#picture img') !== null")
+def show(browser, image) -> None:
+    browser.upload(FILE, image)
+    browser.wait("document.querySelector('#image img') !== null")
     browser.wait(f"{STATUS}.includes('What about it?')")
 
 
@@ -81,9 +81,9 @@ def answered(browser, messages: int) -> list[str]:
     return browser.evaluate(SAID)
 
 
-def test_upload_ask_and_follow_up(browser, picture):
-    show(browser, picture)
-    assert "A picture of 400 × 300 pixels" in browser.evaluate(STATUS)
+def test_upload_ask_and_follow_up(browser, image):
+    show(browser, image)
+    assert "An image of 400 × 300 pixels" in browser.evaluate(STATUS)
     ask(browser, "What is on the sign?")
     assert answered(browser, 2) == ["What is on the sign?", PLAIN]
     assert browser.evaluate("document.querySelector('#question textarea').value") == ""
@@ -95,8 +95,8 @@ def test_upload_ask_and_follow_up(browser, picture):
         assert word in status
 
 
-def test_the_answer_streams_and_the_time_to_its_first_token_shows_early(browser, picture):
-    show(browser, picture)
+def test_the_answer_streams_and_the_time_to_its_first_token_shows_early(browser, image):
+    show(browser, image)
     ask(browser, "Say a long thing")
     lengths = set()
     while browser.evaluate(f"document.querySelector({json.dumps(ASK)}) === null") or len(lengths) < 2:
@@ -108,21 +108,21 @@ def test_the_answer_streams_and_the_time_to_its_first_token_shows_early(browser,
     assert answered(browser, 2)[1] == LONG.strip()
 
 
-def test_a_dropped_picture_is_taken(browser):
+def test_a_dropped_image_is_taken(browser):
     browser.evaluate(
         """(async () => {
             const canvas = document.createElement("canvas"); canvas.width = 120; canvas.height = 80;
             const blob = await new Promise(done => canvas.toBlob(done, "image/png"));
             const data = new DataTransfer(); data.items.add(new File([blob], "dropped.png", {type: "image/png"}));
-            const target = document.querySelector("#picture input[type=file]").closest("button, .wrap, div");
+            const target = document.querySelector("#image input[type=file]").closest("button, .wrap, div");
             target.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
         })()"""
     )
-    browser.wait(f"{STATUS}.includes('A picture of 120 × 80 pixels')")
+    browser.wait(f"{STATUS}.includes('An image of 120 × 80 pixels')")
 
 
-def test_boxes_are_drawn_on_the_picture(browser, picture):
-    show(browser, picture)
+def test_boxes_are_drawn_on_the_image(browser, image):
+    show(browser, image)
     ask(browser, "Where? Give a box.")
     assert answered(browser, 2)[1] == BOXES
     size = browser.wait(
@@ -139,7 +139,7 @@ def test_boxes_are_drawn_on_the_picture(browser, picture):
     assert "boxes\n2" in browser.evaluate(STATUS)
 
 
-def test_an_example_fills_picture_and_question(browser):
+def test_an_example_fills_image_and_question(browser):
     browser.click("#examples .gallery-item:nth-child(4)")
     browser.wait("document.querySelector('#question textarea').value.startsWith('Where is the blue mug?')")
     browser.wait(f"{STATUS}.includes('1200 × 750')")
@@ -147,8 +147,8 @@ def test_an_example_fills_picture_and_question(browser):
     assert answered(browser, 2)[1] == BOXES
 
 
-def test_another_resolution_is_what_the_model_sees(browser, picture):
-    show(browser, picture)
+def test_another_resolution_is_what_the_model_sees(browser, image):
+    show(browser, image)
     browser.click("#resolution label:nth-of-type(2)")
     browser.wait("document.querySelector('#resolution label:nth-of-type(2) input').checked")
     ask(browser, "What?")
@@ -156,8 +156,8 @@ def test_another_resolution_is_what_the_model_sees(browser, picture):
     assert "64 × 64 px" in browser.evaluate(STATUS) and "visual tokens\n1\n" in browser.evaluate(STATUS)
 
 
-def test_stop_really_stops(browser, picture, assistant):
-    show(browser, picture)
+def test_stop_really_stops(browser, image, assistant):
+    show(browser, image)
     ask(browser, "Say a long thing")
     browser.wait(f"{SAID}.length > 1 && {SAID}[1].length > 10")
     browser.click(STOP)
@@ -169,8 +169,8 @@ def test_stop_really_stops(browser, picture, assistant):
     assert answered(browser, 4)[2:] == ["What else?", PLAIN]
 
 
-def test_closing_the_page_ends_the_generation(browser, picture, assistant):
-    show(browser, picture)
+def test_closing_the_page_ends_the_generation(browser, image, assistant):
+    show(browser, image)
     ask(browser, "Say a long thing")
     browser.wait(f"{SAID}.length > 1 && {SAID}[1].length > 10")
     browser.open("about:blank")
@@ -181,51 +181,51 @@ def test_closing_the_page_ends_the_generation(browser, picture, assistant):
     assert assistant.model.generated < 700
 
 
-def test_a_text_file_named_jpg_is_refused_and_the_next_picture_works(browser, picture, tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture at all")
+def test_a_text_file_named_jpg_is_refused_and_the_next_image_works(browser, image, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image at all")
     browser.upload(FILE, tmp_path / "text.jpg")
-    browser.wait(f"{STATUS}.includes('no picture that can be read')")
+    browser.wait(f"{STATUS}.includes('no image that can be read')")
     assert browser.evaluate("document.querySelector('#status [role=alert]') !== null")
-    browser.wait("document.querySelector('#picture img') === null")
-    show(browser, picture)
+    browser.wait("document.querySelector('#image img') === null")
+    show(browser, image)
     ask(browser, "What?")
     assert answered(browser, 2) == ["What?", PLAIN]
 
 
-def test_a_file_that_is_too_large_is_refused_and_the_next_picture_works(browser, picture, tmp_path):
-    (tmp_path / "large.jpg").write_bytes(picture.read_bytes() + b"x" * UPLOAD)
+def test_a_file_that_is_too_large_is_refused_and_the_next_image_works(browser, image, tmp_path):
+    (tmp_path / "large.jpg").write_bytes(image.read_bytes() + b"x" * UPLOAD)
     browser.upload(FILE, tmp_path / "large.jpg")
     browser.wait("/exceeds|too large|maximum/i.test(document.body.innerText)")
-    show(fresh_page(browser, browser.evaluate("location.href")), picture)
+    show(fresh_page(browser, browser.evaluate("location.href")), image)
 
 
-def test_a_question_without_a_picture_is_told_and_kept(browser):
+def test_a_question_without_an_image_is_told_and_kept(browser):
     ask(browser, "What?")
-    browser.wait(f"{STATUS}.includes('no picture yet')")
+    browser.wait(f"{STATUS}.includes('no image yet')")
     browser.wait(f"document.querySelector({json.dumps(ASK)}) !== null")
     assert browser.evaluate("document.querySelector('#question textarea').value") == "What?"
     assert browser.evaluate("document.querySelector('#status [role=alert]') !== null")
     assert browser.evaluate(SAID) == []
 
 
-def test_a_fault_is_shown_to_the_person(browser, picture):
-    show(browser, picture)
+def test_a_fault_is_shown_to_the_person(browser, image):
+    show(browser, image)
     ask(browser, "break")
     browser.wait(f"{STATUS}.includes('Something went wrong on the server')")
     assert "secret" not in browser.evaluate("document.body.innerText")
     browser.wait(f"document.querySelector({json.dumps(ASK)}) !== null")
 
 
-def test_what_people_and_models_write_is_text(browser, picture):
-    show(browser, picture)
+def test_what_people_and_models_write_is_text(browser, image):
+    show(browser, image)
     typed = "<img src=x onerror='window.hacked=1'> **bold** ![a](https://example.com/a.png) <image> $x$"
     ask(browser, typed)
     assert answered(browser, 2)[0] == typed
     assert browser.evaluate("window.hacked === undefined && document.querySelector('#chat img') === null")
 
 
-def test_a_new_conversation_forgets_the_old_one(browser, picture, assistant, tmp_path):
-    show(browser, picture)
+def test_a_new_conversation_forgets_the_old_one(browser, image, assistant, tmp_path):
+    show(browser, image)
     ask(browser, "First?")
     answered(browser, 2)
     browser.click("#restart")
@@ -238,19 +238,19 @@ def test_a_new_conversation_forgets_the_old_one(browser, picture, assistant, tmp
     ask(browser, "Third?")
     answered(browser, 2)
     assert "Second?" not in assistant.model.prompts[-1]
-    make_picture(90, 200, seed=3).save(tmp_path / "other.png")
-    browser.click("#picture button[aria-label*=Clear], #picture button[aria-label*=Remove]")
+    make_image(90, 200, seed=3).save(tmp_path / "other.png")
+    browser.click("#image button[aria-label*=Clear], #image button[aria-label*=Remove]")
     show(browser, tmp_path / "other.png")
     browser.wait(f"{SAID}.length === 0")
 
 
-def test_a_full_queue_is_told_and_the_question_can_be_asked_again(browser, picture, url, assistant):
+def test_a_full_queue_is_told_and_the_question_can_be_asked_again(browser, image, url, assistant):
     """One is answered and one waits; the third is told."""
     gradio_client = pytest.importorskip("gradio_client")
     clients = [gradio_client.Client(url, verbose=False) for _ in range(2)]
-    show(browser, picture)
+    show(browser, image)
     preset = browser.evaluate("document.querySelector('#resolution label').innerText.trim()")
-    arguments = [gradio_client.handle_file(str(picture)), "Say a long thing", preset, 1024, 0.0]
+    arguments = [gradio_client.handle_file(str(image)), "Say a long thing", preset, 1024, 0.0]
     jobs = [client.submit(*arguments, api_name="/ask") for client in clients]
     deadline = time.monotonic() + 20
     while not any(len(job.outputs()) > 1 for job in jobs):
@@ -270,14 +270,14 @@ def test_a_full_queue_is_told_and_the_question_can_be_asked_again(browser, pictu
     assert answered(browser, 2) == ["What?", PLAIN]
 
 
-def test_the_page_fits_a_phone(running_browser, url, picture):
+def test_the_page_fits_a_phone(running_browser, url, image):
     browser = fresh_page(running_browser, url, width=360, height=740, phone=True)
-    show(browser, picture)
+    show(browser, image)
     ask(browser, "Where? Give a box.")
     answered(browser, 2)
     browser.wait("document.querySelector('#chat img') !== null")
     assert browser.evaluate("document.documentElement.scrollWidth") <= 360
-    for selector in ("#picture", "#chat", "#question", ASK, "#examples", "#resolution", "#restart", "#chat img"):
+    for selector in ("#image", "#chat", "#question", ASK, "#examples", "#resolution", "#restart", "#chat img"):
         left, right = browser.evaluate(
             f"(() => {{ const box = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
             "return [box.left, box.right] })()"
@@ -287,8 +287,8 @@ def test_the_page_fits_a_phone(running_browser, url, picture):
     assert font >= 16  # else iOS zooms in and the page no longer fits
 
 
-def test_nothing_is_asked_of_other_machines(browser, picture, url):
-    show(browser, picture)
+def test_nothing_is_asked_of_other_machines(browser, image, url):
+    show(browser, image)
     ask(browser, "Where? Give a box.")
     answered(browser, 2)
     browser.wait("document.querySelector('#chat img') !== null")

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from demo_models import BOXES, LONG, PLAIN, scripted_assistant
 from PIL import Image
 
@@ -55,13 +55,13 @@ def client(url):
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
-    make_picture(300, 400).save(tmp_path / "picture.jpg")
-    return str(tmp_path / "picture.jpg")
+def image(tmp_path) -> str:
+    make_image(300, 400).save(tmp_path / "image.jpg")
+    return str(tmp_path / "image.jpg")
 
 
-def question(picture, text: str = "What?", resolution: str = SIDE, length: int = 512, heat: float = 0.0) -> list:
-    return [gradio_client.handle_file(picture) if picture else None, text, resolution, length, heat]
+def question(image, text: str = "What?", resolution: str = SIDE, length: int = 512, heat: float = 0.0) -> list:
+    return [gradio_client.handle_file(image) if image else None, text, resolution, length, heat]
 
 
 def ask(client, *args, **kwargs):
@@ -71,7 +71,7 @@ def ask(client, *args, **kwargs):
 
 
 def texts(message) -> str:
-    """What a message says; of a picture, its file."""
+    """What a message says; of an image, its file."""
     parts = [part.get("text") or part["file"] for part in message["content"]]
     return parts[0] if isinstance(parts[0], str) else parts[0]["path"]
 
@@ -82,45 +82,45 @@ def refusal(client, *args, **kwargs) -> str:
     return str(caught.value)
 
 
-def test_ask_and_follow_up(client, picture, assistant):
-    messages, status = ask(client, picture, "What is on the sign?")
+def test_ask_and_follow_up(client, image, assistant):
+    messages, status = ask(client, image, "What is on the sign?")
     assert messages == ["What is on the sign?", PLAIN]
     assert re.search(r"visual tokens\s+4\s+first token\s+\d+\.\d\d s\s+answer\s+\d+ tokens in", status)
-    messages, _ = ask(client, picture, "And below?")
+    messages, _ = ask(client, image, "And below?")
     assert messages == ["What is on the sign?", PLAIN, "And below?", PLAIN]
     assert PLAIN in assistant.model.prompts[-1]
 
 
-def test_answers_stream(client, picture):
-    job = client.submit(*question(picture), api_name="/ask")
+def test_answers_stream(client, image):
+    job = client.submit(*question(image), api_name="/ask")
     job.result(timeout=60)
     said = [texts(output[0][-1]) for output in job.outputs()]
     assert len(set(said)) > 3 and said[-1] == PLAIN
 
 
-def test_a_smaller_resolution_costs_fewer_tokens(client, picture):
-    _, status = ask(client, picture, resolution="64 × 64 px · 1 visual token")
+def test_a_smaller_resolution_costs_fewer_tokens(client, image):
+    _, status = ask(client, image, resolution="64 × 64 px · 1 visual token")
     assert re.search(r"resolution\s+64 × 64 px\s+visual tokens\s+1\s", status)
 
 
-def test_boxes_come_as_a_picture(client, picture):
-    messages, status = ask(client, picture, "Where? Give a box.")
+def test_boxes_come_as_an_image(client, image):
+    messages, status = ask(client, image, "Where? Give a box.")
     assert messages[1] == BOXES and re.search(r"boxes\s+2", status)
     with Image.open(messages[2]) as drawn:
         assert drawn.size == (400, 300)
 
 
-def test_visitors_do_not_see_each_others_conversations(url, client, picture):
-    ask(client, picture, "Mine?")
+def test_visitors_do_not_see_each_others_conversations(url, client, image):
+    ask(client, image, "Mine?")
     other = gradio_client.Client(url, verbose=False)
-    messages, _ = ask(other, picture, "Yours?")
+    messages, _ = ask(other, image, "Yours?")
     assert messages == ["Yours?", PLAIN]
-    messages, _ = ask(client, picture, "Mine again?")
+    messages, _ = ask(client, image, "Mine again?")
     assert messages == ["Mine?", PLAIN, "Mine again?", PLAIN]
 
 
-def test_stop_ends_the_generation(client, picture, assistant):
-    job = client.submit(*question(picture, "Say a long thing"), api_name="/ask")
+def test_stop_ends_the_generation(client, image, assistant):
+    job = client.submit(*question(image, "Say a long thing"), api_name="/ask")
     _until(lambda: len(job.outputs()) > 3)
     client.predict(api_name="/stop")
     messages, status = job.result(timeout=10)
@@ -128,12 +128,12 @@ def test_stop_ends_the_generation(client, picture, assistant):
     assert said and LONG.startswith(said) and len(said) < len(LONG)
     assert re.search(r"ended.*stopped", status)
     assert assistant.model.generating == 0 and assistant.model.generated < 500
-    assert ask(client, picture, "Again?")[0][-1] == PLAIN
+    assert ask(client, image, "Again?")[0][-1] == PLAIN
 
 
-def test_a_visitor_who_goes_away_ends_the_generation(url, picture, assistant):
+def test_a_visitor_who_goes_away_ends_the_generation(url, image, assistant):
     client = gradio_client.Client(url, verbose=False)
-    job = client.submit(*question(picture, "Say a long thing"), api_name="/ask")
+    job = client.submit(*question(image, "Say a long thing"), api_name="/ask")
     _until(lambda: len(job.outputs()) > 1)
     job.cancel()
     _until(lambda: assistant.model.generating == 0)
@@ -150,55 +150,55 @@ def _until(condition, seconds: float = 15) -> None:
 # --- bad input
 
 
-def test_bad_input_is_answered_clearly_and_the_next_question_works(client, picture, tmp_path, caplog):
-    (tmp_path / "text.jpg").write_text("no picture at all")
-    content = (tmp_path / "picture.jpg").read_bytes()
+def test_bad_input_is_answered_clearly_and_the_next_question_works(client, image, tmp_path, caplog):
+    (tmp_path / "text.jpg").write_text("no image at all")
+    content = (tmp_path / "image.jpg").read_bytes()
     (tmp_path / "broken.jpg").write_bytes(content[: len(content) // 2])
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     for arguments, message in [
-        ((None,), "There is no picture yet"),
-        ((str(tmp_path / "text.jpg"),), "no picture that can be read"),
+        ((None,), "There is no image yet"),
+        ((str(tmp_path / "text.jpg"),), "no image that can be read"),
         ((str(tmp_path / "broken.jpg"),), "damaged or incomplete"),
         ((str(tmp_path / "bomb.png"),), "too large"),
-        ((picture, "  "), "no question yet"),
-        ((picture, "x" * 5000), "5000 characters"),
-        ((picture, "What?", "9 px"), "9 px"),
-        ((picture, "What?", SIDE, 100_000), "1024"),
-        ((picture, "What?", SIDE, 512, 50.0), "2"),
+        ((image, "  "), "no question yet"),
+        ((image, "x" * 5000), "5000 characters"),
+        ((image, "What?", "9 px"), "9 px"),
+        ((image, "What?", SIDE, 100_000), "1024"),
+        ((image, "What?", SIDE, 512, 50.0), "2"),
     ]:
         told = refusal(client, *arguments)
         assert message in told and str(tmp_path) not in told
-    messages, _ = ask(client, picture, "What does <image> mean?")
+    messages, _ = ask(client, image, "What does <image> mean?")
     assert messages == ["What does <image> mean?", PLAIN]
 
 
-def test_a_fault_of_the_program_is_told_without_its_details(client, picture, caplog):
-    told = refusal(client, picture, "break")
+def test_a_fault_of_the_program_is_told_without_its_details(client, image, caplog):
+    told = refusal(client, image, "break")
     assert "Something went wrong on the server" in told and "secret" not in told
     assert "a fault with a /secret/path in it" in caplog.text  # and logged whole
-    assert ask(client, picture)[0] == ["What?", PLAIN]
+    assert ask(client, image)[0] == ["What?", PLAIN]
 
 
-def test_a_broken_picture_is_told_as_soon_as_it_is_dropped(client, tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture at all")
-    picture, messages, status = client.predict(gradio_client.handle_file(str(tmp_path / "text.jpg")), api_name="/look")
-    assert messages == [] and "no picture that can be read" in status and "role='alert'" in status
-    assert not picture or picture.get("value") is None
+def test_a_broken_image_is_told_as_soon_as_it_is_dropped(client, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image at all")
+    image, messages, status = client.predict(gradio_client.handle_file(str(tmp_path / "text.jpg")), api_name="/look")
+    assert messages == [] and "no image that can be read" in status and "role='alert'" in status
+    assert not image or image.get("value") is None
 
 
-def test_a_hundred_messages(client, picture):
+def test_a_hundred_messages(client, image):
     """One visitor's conversation grows until it is refused; the refusal says what to do, and that works."""
     with pytest.raises(gradio_client.exceptions.AppError, match="Start a new one") as caught:
         for number in range(100):
-            ask(client, picture, f"Question {number}?", length=1)
+            ask(client, image, f"Question {number}?", length=1)
     assert "has 30 questions" in str(caught.value)
     client.predict(api_name="/restart")
-    assert ask(client, picture, "New?")[0] == ["New?", PLAIN]
+    assert ask(client, image, "New?")[0] == ["New?", PLAIN]
 
 
-def test_many_visitors_at_once_are_answered_or_told_that_it_is_full(url, picture, assistant):
+def test_many_visitors_at_once_are_answered_or_told_that_it_is_full(url, image, assistant):
     clients = [gradio_client.Client(url, verbose=False) for _ in range(8)]
-    jobs = [clients[number % 8].submit(*question(picture, "Hi?"), api_name="/ask") for number in range(40)]
+    jobs = [clients[number % 8].submit(*question(image, "Hi?"), api_name="/ask") for number in range(40)]
     answered, refused = 0, set()
     for job in jobs:
         try:
@@ -207,7 +207,7 @@ def test_many_visitors_at_once_are_answered_or_told_that_it_is_full(url, picture
             refused.add(str(error))
     assert answered >= 4
     assert refused and all("full" in message for message in refused)
-    assert ask(clients[0], picture, "Still there?")[0][-1] == PLAIN
+    assert ask(clients[0], image, "Still there?")[0][-1] == PLAIN
 
 
 # --- what strangers can reach
@@ -247,8 +247,8 @@ def upload(url: str, content: bytes, name: str = "a.png") -> tuple[int, bytes]:
         "{tests}",
     ],
 )
-def test_files_of_the_host_cannot_be_read(url, path, client, picture):
-    folder = _folder_of(url, client, picture)
+def test_files_of_the_host_cannot_be_read(url, path, client, image):
+    folder = _folder_of(url, client, image)
     path = path.format(folder=folder, tests=urllib.parse.quote(__file__))
     for prefix in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"):
         status, body = request(url, "GET", prefix + path)
@@ -256,21 +256,21 @@ def test_files_of_the_host_cannot_be_read(url, path, client, picture):
         assert b"root:" not in body and b"PATH=" not in body and b"import" not in body
 
 
-def _folder_of(url, client, picture) -> str:
+def _folder_of(url, client, image) -> str:
     """Where the server keeps uploads, as its answer to one says."""
-    status, body = upload(url, open(picture, "rb").read())
+    status, body = upload(url, open(image, "rb").read())
     assert status == 200
     return json.loads(body)[0].rpartition("/")[0].rpartition("/")[0]
 
 
-def test_an_upload_can_be_read_by_who_knows_where_it_is(url, picture):
-    content = open(picture, "rb").read()
+def test_an_upload_can_be_read_by_who_knows_where_it_is(url, image):
+    content = open(image, "rb").read()
     _, body = upload(url, content)
     assert request(url, "GET", f"/gradio_api/file={json.loads(body)[0]}") == (200, content)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/etc/hostname", __file__, "../../etc/passwd", "file:///etc/passwd"])
-def test_a_question_cannot_name_a_file_of_the_host_as_its_picture(url, path):
+def test_a_question_cannot_name_a_file_of_the_host_as_its_image(url, path):
     told = _join(url, {"path": path, "meta": {"_type": "gradio.FileData"}})
     assert "process_completed" in told and '"success": false' in told.replace('":false', '": false')
     assert "root:" not in told and path not in told
@@ -282,22 +282,22 @@ def test_a_question_cannot_make_the_server_fetch_an_address(url, monkeypatch):
         "gradio.processing_utils.async_ssrf_protected_download", lambda *args, **_: fetched.append(args)
     )
     for address in ("http://127.0.0.1:9/a.png", "https://example.com/a.png", "http://169.254.169.254/latest"):
-        for picture_data in (
+        for image_data in (
             {"path": address, "meta": {"_type": "gradio.FileData"}},
             {"path": "", "url": address, "meta": {"_type": "gradio.FileData"}},
         ):
-            told = _join(url, picture_data)
+            told = _join(url, image_data)
             assert "process_generating" not in told and "process_completed" in told
-            assert "from your device" in told or picture_data["path"] == ""
+            assert "from your device" in told or image_data["path"] == ""
     assert fetched == []
 
 
-def _join(url: str, picture: dict) -> str:
-    """What the server streams back to a question with this picture, sent as a program of ill will would."""
+def _join(url: str, image: dict) -> str:
+    """What the server streams back to a question with this image, sent as a program of ill will would."""
     config = json.loads(request(url, "GET", "/config")[1])
     index = next(entry["id"] for entry in config["dependencies"] if entry["api_name"] == "ask")
     session = uuid.uuid4().hex[:10]
-    body = {"data": [picture, "What?", SIDE, 8, 0, None], "fn_index": index, "session_hash": session}
+    body = {"data": [image, "What?", SIDE, 8, 0, None], "fn_index": index, "session_hash": session}
     status, answer = request(
         url, "POST", "/gradio_api/queue/join", json.dumps(body).encode(), Content_Type="application/json"
     )
@@ -456,12 +456,12 @@ def test_uploads_that_were_broken_off_are_deleted(assistant):
         assert not [path for path in folder.iterdir() if path.is_file()]
 
 
-def test_uploads_and_drawings_are_deleted_and_the_examples_stay(assistant, picture):
+def test_uploads_and_drawings_are_deleted_and_the_examples_stay(assistant, image):
     with page_of(assistant, "scripted", limits=Limits(stored_seconds=2)) as url:
         client = gradio_client.Client(url, verbose=False, download_files=False)
-        _, body = upload(url, open(picture, "rb").read() + b"never asked about")
+        _, body = upload(url, open(image, "rb").read() + b"never asked about")
         folder = Path(json.loads(body)[0]).parents[1]
-        messages, _ = client.predict(*question(picture, "Where? Give a box."), api_name="/ask")
+        messages, _ = client.predict(*question(image, "Where? Give a box."), api_name="/ask")
         assert Path(messages[2]["content"][0]["file"]["path"]).is_file()
         examples = json.loads(request(url, "GET", "/config")[1])
         example = next(part for part in examples["components"] if part["type"] == "dataset")["props"]["samples"][0][0]

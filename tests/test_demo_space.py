@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 from convllava_hf.demo import space_files
 
@@ -106,13 +106,13 @@ def _until_it_answers(url: str, process, log: Path) -> None:
 def test_the_spaces_files_answer_without_the_package_and_ask_nothing_of_other_machines(space, checkpoint):
     url, process, folder = space
     client = gradio_client.Client(url, verbose=False)
-    make_picture(300, 400).save(folder / "picture.jpg")
-    picture = gradio_client.handle_file(str(folder / "picture.jpg"))
+    make_image(300, 400).save(folder / "image.jpg")
+    image = gradio_client.handle_file(str(folder / "image.jpg"))
     with urllib.request.urlopen(f"{url}/config") as response:
         config = json.load(response)
     radio = next(part for part in config["components"] if part["props"].get("elem_id") == "resolution")
     preset = radio["props"]["choices"][0][0]
-    messages, status = client.predict(picture, "What is this?", preset, 8, 0, api_name="/ask")
+    messages, status = client.predict(image, "What is this?", preset, 8, 0, api_name="/ask")
     assert messages[0]["content"][0]["text"] == "What is this?"
     assert "visual tokens" in status and preset.startswith("128 × 128 px")
     assert str(checkpoint) not in json.dumps(config)  # the name of the folder alone

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_image
 from transformers import AutoModelForImageTextToText
 
 from convllava_hf import cli
-from convllava_hf.cli import bench
+from convllava_hf.cli import profile
 from convllava_hf.device_memory import is_out_of_memory, needed_and_free, telling_of_full_memory
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import load, user_turn
@@ -69,11 +69,11 @@ def test_answering(checkpoint, monkeypatch):
     assistant = load(checkpoint, device="cpu", dtype="float32")
     monkeypatch.setattr(assistant.model.vision_tower, "forward", full)
     with pytest.raises(ConvLlavaError, match="this conversation of .* tokens .*: 2.00 GiB more were needed.*--size"):
-        assistant.answer([user_turn("What?", [make_picture()])])
+        assistant.answer([user_turn("What?", [make_image()])])
 
 
 def test_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
-    make_picture().save(tmp_path / "image.png")
+    make_image().save(tmp_path / "image.png")
     monkeypatch.setattr("convllava_hf.inference.ConvLlavaForConditionalGeneration.from_pretrained", full)
     assert cli.main(["ask", str(checkpoint), str(tmp_path / "image.png"), "What?", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
@@ -81,8 +81,8 @@ def test_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_commands_that_say_nothing_better(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "run", full)
-    assert cli.main(["bench", str(checkpoint)]) == 2
+    monkeypatch.setattr(profile, "run", full)
+    assert cli.main(["profile", str(checkpoint)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("convllava: error: There is not enough memory") and error.count("\n") == 1
 

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from nasty import answer_lists, texts
+from adversarial_texts import answer_lists, texts
 
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.evaluation import MODULES, metrics
@@ -79,7 +79,7 @@ def test_choices():
 
 def test_boxes():
     columns = {"widths": [200] * 3, "heights": [100] * 3, "references": [[0, 0, 100, 50]] * 3}
-    # The square is 200 x 200 and the picture stands 50 below its top.
+    # The square is 200 x 200 and the image stands 50 below its top.
     padded = ["[0.00, 0.25, 0.50, 0.50]", "[0, 250, 500, 500] or [1, 2, 3, 4]", "no idea"]
     assert load("box_accuracy").compute(predictions=padded, **columns) == {"box_accuracy": pytest.approx(2 / 3)}
     plain = ["[0, 0, 0.5, 0.5]", "[0.00, 0.30, 0.50, 0.50]", "[0, 0, 0.5"]
@@ -93,10 +93,10 @@ def test_pope_and_mme():
     truth = ["yes", "no"] * 20
     flags = [metrics.parse_yes_no(text) for text in said]
     assert load("pope").compute(predictions=said, references=truth) == metrics.pope_scores(flags, [True, False] * 20)
-    pictures = [str(number // 2) for number in range(40)]
+    images = [str(number // 2) for number in range(40)]
     categories = ["count"] * 20 + ["code_reasoning"] * 20
-    scores = load("mme").compute(predictions=said, references=truth, categories=categories, picture_ids=pictures)
-    assert scores == metrics.mme_scores(map(metrics.MmeRow, categories, pictures, flags, [True, False] * 20))
+    scores = load("mme").compute(predictions=said, references=truth, categories=categories, image_ids=images)
+    assert scores == metrics.mme_scores(map(metrics.MmeRow, categories, images, flags, [True, False] * 20))
     assert set(scores) == {"count", "code_reasoning", "perception", "cognition"}
     with pytest.raises(ConvLlavaError, match="A reference is 'maybe', and yes or no is expected"):
         load("pope").compute(predictions=["yes"], references=["maybe"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ask, make_config, make_model, make_picture
+from conftest import ask, make_config, make_image, make_model
 
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.evaluation.batches import answer_batch, decode_answers, likelihoods
@@ -10,10 +10,10 @@ from convllava_hf.inference import Assistant, load
 
 
 CONVERSATIONS = [
-    ask("What is this?", make_picture(seed=1)),
-    ask("A longer question about nothing at all, and no picture"),
-    ask("Which of the two?", make_picture(seed=2), make_picture(80, 200, seed=3)),
-    ask("Short", make_picture(64, 64, seed=4)),
+    ask("What is this?", make_image(seed=1)),
+    ask("A longer question about nothing at all, and without an image"),
+    ask("Which of the two?", make_image(seed=2), make_image(80, 200, seed=3)),
+    ask("Short", make_image(64, 64, seed=4)),
 ]
 
 

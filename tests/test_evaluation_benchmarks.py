@@ -28,7 +28,7 @@ FIRST = {
     "chartqa": ("What was the value in 2000?" + SHORT, ("10",)),
     "pope": ("Is there a ring of number 0 in the image?" + SHORT, ("no",)),
     "mme": ("Is there a square of number 0?" + SHORT, ("yes",)),
-    "mmbench": ("Which thing is in picture 0?\nA. a ring\nB. a square\nC. a star\nD. a disc" + LETTER, ("B",)),
+    "mmbench": ("Which thing is in image 0?\nA. a ring\nB. a square\nC. a star\nD. a disc" + LETTER, ("B",)),
     "seed": ("How many rings are in scene 0?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER, ("A",)),
     "realworldqa": (
         "Where is car 0?\n\nA. Left of us.\nB. Right of us.\nC. Behind us.\n"
@@ -36,7 +36,7 @@ FIRST = {
         ("B",),
     ),
     "scienceqa": (
-        "Which property do the objects of picture 0 have in common?\nA. soft\nB. yellow\nC. fragile" + LETTER,
+        "Which property do the objects of image 0 have in common?\nA. soft\nB. yellow\nC. fragile" + LETTER,
         ("A",),
     ),
     "ai2d": ("What does letter 0 stand for?\nA. root\nB. leaf\nC. stem\nD. seed" + LETTER, ("A",)),
@@ -75,8 +75,8 @@ def test_prompts_and_answers_from_a_local_copy(name, tmp_path):
     first = next(iter(plan.samples.values()))
     assert (first.prompt, first.answers) == FIRST[name]
     assert not plan.failures
-    picture = source.picture_of(first)
-    assert picture["bytes"].startswith(b"\x89PNG")
+    image = source.image_of(first)
+    assert image["bytes"].startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -221,29 +221,29 @@ def test_splits_and_configurations_that_are_not_there_are_named(tmp_path):
         open_source(BENCHMARKS["infovqa"], "./nowhere")
 
 
-def test_a_picture_that_is_a_file_must_lie_in_the_folder(tmp_path):
+def test_an_image_that_is_a_file_must_lie_in_the_folder(tmp_path):
     rows = [ROWS["pope"](index) for index in range(3)]
-    benchmark_data.make_picture().save(tmp_path / "inside.png")
+    benchmark_data.make_image().save(tmp_path / "inside.png")
     for row, path in zip(rows, ("inside.png", "../outside.png", ""), strict=True):
         row["image"] = {"bytes": None, "path": path}
     table = benchmark_data.hf.Dataset.from_list(rows)
     table.to_parquet(tmp_path / "rows.parquet")
     source = open_source(BENCHMARKS["pope"], tmp_path / "rows.parquet")
     samples = list(plan_samples(source, "{question}").samples.values())
-    assert source.picture_of(samples[0])["path"] == str(tmp_path / "inside.png")
-    with pytest.raises(SampleError, match="not inside the picture folder"):
-        source.picture_of(samples[1])
-    with pytest.raises(MissingValueError, match="expected a picture"):
-        source.picture_of(samples[2])
+    assert source.image_of(samples[0])["path"] == str(tmp_path / "inside.png")
+    with pytest.raises(SampleError, match="not inside the image folder"):
+        source.image_of(samples[1])
+    with pytest.raises(MissingValueError, match="expected an image"):
+        source.image_of(samples[2])
 
 
-def test_a_missing_picture_of_a_table_of_pictures(tmp_path):
+def test_a_missing_image_of_a_table_of_images(tmp_path):
     path = make("gqa", tmp_path, samples=4)
     source = open_source(BENCHMARKS["gqa"], path)
     plan = plan_samples(source, "{question}")
-    assert source.picture_of(plan.samples["3"])["bytes"] == benchmark_data.encoded(0)["bytes"]
+    assert source.image_of(plan.samples["3"])["bytes"] == benchmark_data.encoded(0)["bytes"]
     rows = [{**ROWS["gqa"](0), "imageId": "unknown"}]
     save(rows, tmp_path / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet")
     source = open_source(BENCHMARKS["gqa"], path)
-    with pytest.raises(MissingValueError, match="no picture 'unknown'"):
-        source.picture_of(plan_samples(source, "{question}").samples["0"])
+    with pytest.raises(MissingValueError, match="no image 'unknown'"):
+        source.image_of(plan_samples(source, "{question}").samples["0"])

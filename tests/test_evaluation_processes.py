@@ -116,5 +116,5 @@ def test_a_killed_run_is_finished_by_two_processes(checkpoint, data, whole, tmp_
     record = json.loads((output / "docvqa" / "record.json").read_text())
     assert record["processes"] == 2 and record["samples"] == SAMPLES and record["failures"] == 2
     assert printed.count("DocVQA: ANLS") == 1
-    assert "2 failed and are not in the score: 1 picture, 1 missing value" in printed
+    assert "2 failed and are not in the score: 1 image, 1 missing value" in printed
     assert {path.name for path in (output / "docvqa").iterdir()} == {"record.json", "run.json", "samples.jsonl"}

@@ -22,14 +22,14 @@ from browser import CHROMIUM, chromium  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
-from convllava_hf.evaluation.asking import Asker, Reply  # noqa: E402
 from convllava_hf.evaluation.benchmarks import BENCHMARKS  # noqa: E402
 from convllava_hf.evaluation.comparison import compare  # noqa: E402
 from convllava_hf.evaluation.gallery import OF_EACH, chosen, read_gallery, save_gallery  # noqa: E402
+from convllava_hf.evaluation.html_report import report_page, write_report  # noqa: E402
 from convllava_hf.evaluation.paper import PAPER, REFCOCO_SPLITS, refcoco_average  # noqa: E402
-from convllava_hf.evaluation.report import report_page, write_report  # noqa: E402
+from convllava_hf.evaluation.predictor import Predictor, Reply  # noqa: E402
+from convllava_hf.evaluation.run_settings import Model  # noqa: E402
 from convllava_hf.evaluation.runner import evaluate  # noqa: E402
-from convllava_hf.evaluation.runs import Model  # noqa: E402
 from convllava_hf.inference import load  # noqa: E402
 from convllava_hf.publish.results import PAPER_BENCHMARKS  # noqa: E402
 
@@ -49,7 +49,7 @@ def run_in(checkpoint, assistant):
 
         model = Model(str(checkpoint), lambda: assistant, torch.float32)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(Asker, "ask", ask)
+            monkeypatch.setattr(Predictor, "predict", ask)
             folder, _, source = evaluate(BENCHMARKS[name], model, assistant.processor, output, path)
         save_gallery(folder, source)
         return folder
@@ -197,7 +197,7 @@ def test_the_page_shows_scores_beside_the_papers(reported):
     for shown in (f"{record['score']:.1f}", "59.1", "62.5", "65.8", "1 failed", "without OCR tokens"):
         assert shown in row
     assert re.search(r'<tr><th scope="row"><a href="#refcoco">.*?</tr>', text)[0].count("–") == 3
-    assert "1 samples got no answer (1 picture)" in text and "&lt;script&gt;.png" in text
+    assert "1 samples got no answer (1 image)" in text and "&lt;script&gt;.png" in text
 
 
 def test_the_gallery_has_right_and_wrong_samples_with_boxes(reported):
@@ -205,8 +205,8 @@ def test_the_gallery_has_right_and_wrong_samples_with_boxes(reported):
     gallery = read_gallery(reported / "textvqa")
     assert [row["score"] >= 0.5 for row in gallery] == [True] * OF_EACH + [False] * OF_EACH
     for row in gallery:
-        picture = Image.open(io.BytesIO(base64.b64decode(row["jpeg"])))
-        assert picture.size == (60, 100)
+        image = Image.open(io.BytesIO(base64.b64decode(row["jpeg"])))
+        assert image.size == (60, 100)
     assert len(page.of("article", "card")) == 12 + 6 + 9  # of RefCOCO six that are right, of POPE all
     truth, answer = page.of("rect", "truth"), page.of("rect", "answer")
     assert len(truth) == len(answer) == len(read_gallery(reported / "refcoco")) == 6
@@ -261,7 +261,7 @@ def test_the_command_writes_the_page(checkpoint, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_page_in_a_browser(reported):
-    """Boxes lie on their pictures, nothing is fetched, and nothing sticks out on a phone."""
+    """Boxes lie on their images, nothing is fetched, and nothing sticks out on a phone."""
     page = write_report(reported)
     with chromium() as browser:
         for width, phone in ((1280, False), (390, True)):
@@ -319,7 +319,7 @@ def test_every_key_that_a_page_needs_is_looked_at(edited, reported):
         (lambda one: _without(one, "ocr_tokens"), "ocr_tokens is missing; expected true or false"),
         (lambda one: {**one, "score": "65"}, "score is '65'; expected a finite number"),
         (lambda one: {**one, "counts": {}}, "counts.left_out is missing; expected a number of samples"),
-        (lambda one: {**one, "pictures": {"mode": "<b>"}}, "pictures.mode is '<b>'; expected pad, native or"),
+        (lambda one: {**one, "images": {"mode": "<b>"}}, "images.mode is '<b>'; expected pad, native or"),
     ],
 )
 def test_an_edited_record_is_refused_by_its_key(edited, change, said):
@@ -345,7 +345,7 @@ def test_edited_samples_are_compared_or_refused_by_their_key(edited, run, monkey
 def test_an_edited_gallery_cannot_put_anything_else_into_the_page(edited):
     evil = '"><script>alert(1)</script><img src="https://example.org/x.png">'
     for run in ("refcoco", "textvqa"):
-        for key in ("id", "question", "prediction", "answers", "score", "read", "jpeg", "truth", "overlap", "picture"):
+        for key in ("id", "question", "prediction", "answers", "score", "read", "jpeg", "truth", "overlap", "image"):
             for value in (evil, [evil], None, 5):
                 folder = edited(run, "gallery.json", lambda rows, k=key, v=value: [{**row, k: v} for row in rows])
                 try:

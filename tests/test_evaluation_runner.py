@@ -17,19 +17,19 @@ pytest.importorskip("scipy")
 
 import benchmark_data  # noqa: E402
 from benchmark_data import ROWS, make, save  # noqa: E402
-from conftest import ask, make_picture  # noqa: E402
+from conftest import ask, make_image  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.evaluation import runner  # noqa: E402
-from convllava_hf.evaluation.asking import Asker, Reply, continuation_ids, option_log_likelihoods  # noqa: E402
 from convllava_hf.evaluation.benchmarks import BENCHMARKS  # noqa: E402
-from convllava_hf.evaluation.journal import Journal, read_rows, unite  # noqa: E402
-from convllava_hf.evaluation.judging import Seen  # noqa: E402
 from convllava_hf.evaluation.metrics import textvqa_accuracy  # noqa: E402
+from convllava_hf.evaluation.prediction_log import PredictionLog, merge_shards, read_rows  # noqa: E402
+from convllava_hf.evaluation.predictor import Predictor, Reply, continuation_ids, option_log_likelihoods  # noqa: E402
+from convllava_hf.evaluation.run_settings import Model, Settings  # noqa: E402
 from convllava_hf.evaluation.runner import evaluate  # noqa: E402
-from convllava_hf.evaluation.runs import Model, Settings  # noqa: E402
 from convllava_hf.evaluation.samples import Sample  # noqa: E402
+from convllava_hf.evaluation.scorers import ImageGeometry  # noqa: E402
 from convllava_hf.evaluation.sources import open_source, plan_samples  # noqa: E402
 from convllava_hf.inference import load, prompt_inputs  # noqa: E402
 from convllava_hf.publish.results import read_results, table_rows  # noqa: E402
@@ -72,7 +72,7 @@ def scripted(monkeypatch):
             asked.extend(sample.id for sample in batch.samples)
             return [Reply(answer(sample), 10, 4, 1) for sample in batch.samples]
 
-        monkeypatch.setattr(Asker, "ask", ask)
+        monkeypatch.setattr(Predictor, "predict", ask)
         return asked
 
     return script
@@ -88,7 +88,7 @@ def test_predictions_are_those_of_single_questions(run, assistant, tmp_path):
     for index in range(5):
         prompt = ROWS["textvqa"](index)["question"] + "\nAnswer the question using a single word or phrase."
         inputs = assistant.processor.apply_chat_template(
-            ask(prompt, make_picture(100, 60, index)),
+            ask(prompt, make_image(100, 60, index)),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -100,7 +100,7 @@ def test_predictions_are_those_of_single_questions(run, assistant, tmp_path):
         assert row["prediction"] == assistant.processor.decode(new, skip_special_tokens=True).strip()
         assert row["prompt_tokens"] == inputs["input_ids"].shape[1] and row["new_tokens"] == len(new)
         assert row["score"] == textvqa_accuracy(row["prediction"], benchmark_data.PEOPLE)
-    assert len({row["prediction"] for row in rows.values()}) > 1  # pictures and questions matter
+    assert len({row["prediction"] for row in rows.values()}) > 1  # images and questions matter
     assert list(rows) == ["0", "1", "2", "3", "4"]
 
 
@@ -113,7 +113,7 @@ def test_likelihoods_are_those_of_whole_conversations(run, assistant, tmp_path):
     for index in range(3):
         row = ROWS["scienceqa"](index)
         hint = f"Context: {row['hint']}\n" if row["hint"] else ""
-        question = ask(hint + row["question"], make_picture(100, 60, index))
+        question = ask(hint + row["question"], make_image(100, 60, index))
         expected = []
         for choice in row["choices"]:
             answer = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
@@ -134,13 +134,11 @@ def test_likelihoods_are_those_of_whole_conversations(run, assistant, tmp_path):
 
 
 def test_options_of_different_number_and_length_in_a_batch(assistant):
-    inputs = prompt_inputs(
-        assistant.processor, [ask("One?", make_picture(seed=1)), ask("Which of two?", make_picture())]
-    )
+    inputs = prompt_inputs(assistant.processor, [ask("One?", make_image(seed=1)), ask("Which of two?", make_image())])
     options = [[[70], [71, 72, 73]], [[74, 75], [76], [77, 78, 79, 80]]]
     together = option_log_likelihoods(assistant.model, inputs, options)
     assert [len(row) for row in together] == [2, 3]
-    alone = prompt_inputs(assistant.processor, [ask("Which of two?", make_picture())])
+    alone = prompt_inputs(assistant.processor, [ask("Which of two?", make_image())])
     assert together[1] == pytest.approx(option_log_likelihoods(assistant.model, alone, options[1:])[0], abs=1e-4)
 
 
@@ -200,23 +198,25 @@ def test_one_wrong_copy_makes_a_question_of_mmbench_wrong(run, scripted, tmp_pat
 def test_the_record_says_what_was_measured(run, scripted, tmp_path, assistant):
     scripted(lambda sample: "sign" if int(sample.id) % 2 else "board")
     path = make("textvqa", tmp_path / "data", samples=10)
-    folder, record, rows = run("textvqa", path, limit=8, ocr_tokens=True, pictures={"size": 64})
+    folder, record, rows = run("textvqa", path, limit=8, ocr_tokens=True, image_options={"size": 64})
     right, wrong = (textvqa_accuracy(word, benchmark_data.PEOPLE) for word in ("sign", "board"))
     assert record["score"] == pytest.approx(100 * (right + wrong) / 2, abs=1e-3)
     assert record["interval"][0] < record["score"] < record["interval"][1]
     told = json.loads((folder / "record.json").read_text())
     assert told == record
     assert told["setting"] == "64 px, with OCR tokens, the first 8 samples"
-    assert told["pictures"] == {
+    assert told["images"] == {
         "mode": "pad",
         "size": 64,
         "min_pixels": None,
         "max_pixels": None,
         "most_tokens": 1,
     }
-    _, record, rows = run("textvqa", path, limit=8, pictures={"image_aspect_ratio": "native", "max_pixels": 128**2})
-    assert record["setting"].startswith("pictures in their own shape, up to 16384 px")
-    assert record["pictures"]["most_tokens"] == 4 and {row["visual_tokens"] for row in rows.values()} <= {1, 2, 3, 4}
+    _, record, rows = run(
+        "textvqa", path, limit=8, image_options={"image_aspect_ratio": "native", "max_pixels": 128**2}
+    )
+    assert record["setting"].startswith("images in their own shape, up to 16384 px")
+    assert record["images"]["most_tokens"] == 4 and {row["visual_tokens"] for row in rows.values()} <= {1, 2, 3, 4}
     assert told["visual_tokens"] == 4  # as the scripted model told
     assert (told["samples"], told["failures"], told["dtype"], told["ocr_tokens"]) == (8, 0, "float32", True)
     assert (told["device"], told["processes"], told["batch_size"]) == ("cpu", 1, 8)
@@ -246,7 +246,7 @@ def test_the_model_card_reads_the_record(run, scripted, tmp_path):
 def test_a_run_goes_on_where_it_was_interrupted(run, scripted, tmp_path, monkeypatch):
     path = make("pope", tmp_path / "data", samples=10)
     asked = scripted(letter_of)
-    kept, append = [], runner.Journal.append
+    kept, append = [], runner.PredictionLog.append
 
     def interrupted(self, rows):
         append(self, rows)
@@ -254,10 +254,10 @@ def test_a_run_goes_on_where_it_was_interrupted(run, scripted, tmp_path, monkeyp
         if len(kept) == 4:  # the first is that of rows which failed
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner.Journal, "append", interrupted)
+    monkeypatch.setattr(runner.PredictionLog, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("pope", path, batch_size=2)
-    monkeypatch.setattr(runner.Journal, "append", append)
+    monkeypatch.setattr(runner.PredictionLog, "append", append)
     before = list(asked)
     assert len(before) == 6
     folder = tmp_path / "out" / "pope"
@@ -273,16 +273,16 @@ def test_a_run_goes_on_where_it_was_interrupted(run, scripted, tmp_path, monkeyp
 
 def test_rows_of_several_killed_processes_become_one_file(tmp_path):
     for process, names in enumerate((["3", "0"], ["2"])):
-        with Journal(tmp_path, process) as journal:
-            journal.append({"id": name, "score": 1.0, "prediction": "\ud800 \u2028"} for name in names)
+        with PredictionLog(tmp_path, process) as prediction_log:
+            prediction_log.append({"id": name, "score": 1.0, "prediction": "\ud800 \u2028"} for name in names)
     with open(tmp_path / "samples.00001.part.jsonl", "ab") as file:
         file.write(b'{"id": "4"')
     assert list(read_rows(tmp_path, parts=False)) == []
-    assert list(unite(tmp_path, ["0", "1", "2", "3"])) == ["0", "2", "3"]
+    assert list(merge_shards(tmp_path, ["0", "1", "2", "3"])) == ["0", "2", "3"]
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
     assert list(read_rows(tmp_path)) == ["0", "2", "3"]
     shutil.copy(tmp_path / "samples.jsonl", tmp_path / "samples.00000.part.jsonl")  # a kill before it was removed
-    assert list(unite(tmp_path)) == ["0", "2", "3"]
+    assert list(merge_shards(tmp_path)) == ["0", "2", "3"]
 
 
 def test_processes_that_do_not_find_together_are_refused(monkeypatch):
@@ -349,25 +349,25 @@ def test_a_broken_line_among_the_samples_is_told(run, scripted, tmp_path):
 # --- failures
 
 
-def broken_pictures() -> list[dict | None]:
+def broken_images() -> list[dict | None]:
     whole = benchmark_data.encoded(1)["bytes"]
     return [
         benchmark_data.encoded(0),
         {"bytes": whole[: len(whole) // 2], "path": "cut.png"},
-        {"bytes": b"no picture", "path": "text.png"},
+        {"bytes": b"no image", "path": "text.png"},
         {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "path": "drawing.jpg"},
         None,
         benchmark_data.encoded(5),
     ]
 
 
-def test_broken_pictures_are_counted_apart(run, tmp_path):
+def test_broken_images_are_counted_apart(run, tmp_path):
     """With a real model: what can be asked is asked, and nothing else is in the score."""
-    rows = [{**ROWS["docvqa"](index), "image": picture} for index, picture in enumerate(broken_pictures())]
+    rows = [{**ROWS["docvqa"](index), "image": image} for index, image in enumerate(broken_images())]
     path = save(rows, tmp_path / "rows.parquet")
     _, record, written = run("docvqa", path, batch_size=6)
     assert record["samples"] == 6 and record["failures"] == 4
-    assert record["counts"]["failures"] == {"picture": 3, "missing value": 1}
+    assert record["counts"]["failures"] == {"image": 3, "missing value": 1}
     assert record["counts"]["scored"] == record["counts"]["answered"] == 2
     assert [name for name, row in written.items() if "failure" in row] == ["1", "2", "3", "4"]
     assert "cut.png" in written["1"]["failure"]["message"] and "text.png" in written["2"]["failure"]["message"]
@@ -415,7 +415,7 @@ def test_a_run_in_which_all_fails_has_no_score(run, tmp_path):
 def test_too_little_memory_halves_the_batch(run, assistant, tmp_path, monkeypatch):
     path = make("pope", tmp_path / "data", samples=6)
     _, _, expected = run("pope", path)
-    sizes, ask = [], Asker.ask
+    sizes, ask = [], Predictor.predict
 
     def small(self, batch):
         sizes.append(len(batch.samples))
@@ -423,13 +423,15 @@ def test_too_little_memory_halves_the_batch(run, assistant, tmp_path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return ask(self, batch)
 
-    monkeypatch.setattr(Asker, "ask", small)
+    monkeypatch.setattr(Predictor, "predict", small)
     _, _, rows = run("pope", path, output="small", batch_size=6)
     assert sizes == [6, 3, 1, 2, 3, 1, 2]
     assert {name: row["prediction"] for name, row in rows.items()} == {
         name: row["prediction"] for name, row in expected.items()
     }
-    monkeypatch.setattr(Asker, "ask", lambda self, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    monkeypatch.setattr(
+        Predictor, "predict", lambda self, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
+    )
     with pytest.raises(ConvLlavaError, match="does not hold one sample"):
         run("pope", path, output="none")
 
@@ -448,12 +450,12 @@ def test_batches_are_of_like_length_and_hold_everything_once():
     assert sorted(sample.row for batch in apart for sample in batch) == list(range(11))
 
 
-def test_the_size_seen_is_that_of_the_upright_picture(assistant):
-    asker = Asker(assistant, None, 1)
-    picture = make_picture(40, 80)
-    assert asker._seen(picture) == Seen(80, 40, True)
-    picture.getexif()[0x0112] = 6
-    assert asker._seen(picture) == Seen(40, 80, True)
+def test_the_size_seen_is_that_of_the_upright_image(assistant):
+    predictor = Predictor(assistant, None, 1)
+    image = make_image(40, 80)
+    assert predictor._seen(image) == ImageGeometry(80, 40, True)
+    image.getexif()[0x0112] = 6
+    assert predictor._seen(image) == ImageGeometry(40, 80, True)
 
 
 # --- the command
@@ -494,13 +496,13 @@ def test_batches_are_made_ready_in_threads_without_disturbing_each_other(assista
     """A fast tokenizer refuses to be set to pad and not to pad while another thread uses it."""
     source = open_source(BENCHMARKS["ai2d"], make("ai2d", tmp_path, samples=12))
     samples = list(plan_samples(source, BENCHMARKS["ai2d"].prompt).samples.values())
-    asker = Asker(assistant, source, 4, likelihood=True)
+    predictor = Predictor(assistant, source, 4, likelihood=True)
     batches = [samples[start : start + 2] for start in range(0, 12, 2)] * 4
-    expected = [asker.prepare(batch) for batch in batches[:6]] * 4
+    expected = [predictor.prepare(batch) for batch in batches[:6]] * 4
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(asker.prepare, batch) for batch in batches]
+        futures = [pool.submit(predictor.prepare, batch) for batch in batches]
         for _ in range(50):
-            asker.lengths(samples)
+            predictor.lengths(samples)
             assistant.processor.tokenizer(["a", "long one"] * 50, padding=True)
     for future, one in zip(futures, expected, strict=True):
         made = future.result()
@@ -511,12 +513,12 @@ def test_batches_are_made_ready_in_threads_without_disturbing_each_other(assista
 @pytest.mark.parametrize("device, beside", [("cpu", False), ("cuda", True)])
 def test_batches_are_made_ready_beside_the_model_where_another_device_runs_it(device, beside):
     here = threading.get_ident()
-    asker = types.SimpleNamespace(
+    predictor = types.SimpleNamespace(
         assistant=types.SimpleNamespace(device=torch.device(device)),
         prepare=lambda batch: (threading.get_ident(), batch),
     )
     batches = [["a", "b"], ["c"], ["d"], ["e"]]
-    threads, prepared = zip(*runner._prepared(asker, batches), strict=True)
+    threads, prepared = zip(*runner._prepared(predictor, batches), strict=True)
     assert list(prepared) == batches
     assert all((thread != here) is beside for thread in threads)
 

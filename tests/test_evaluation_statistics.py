@@ -8,10 +8,16 @@ import pytest
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
-from convllava_hf.evaluation.judging import F1, Mean, Mme, Table, by_overlap  # noqa: E402
-from convllava_hf.evaluation.judging import Seen as Picture  # noqa: E402
 from convllava_hf.evaluation.metrics import MME_COGNITION, MME_PERCEPTION, mme_scores, pope_scores  # noqa: E402
 from convllava_hf.evaluation.samples import Sample  # noqa: E402
+from convllava_hf.evaluation.scorers import (  # noqa: E402
+    F1,
+    ImageGeometry,  # noqa: E402
+    Mean,
+    Mme,
+    Table,
+    by_overlap,
+)
 from convllava_hf.evaluation.statistics import bootstrap_interval, paired_test  # noqa: E402
 
 
@@ -31,17 +37,17 @@ def pope_rows(rng, number: int = 400) -> list[dict]:
     ]
 
 
-def mme_rows(rng, pictures: int = 90) -> list[dict]:
+def mme_rows(rng, images: int = 90) -> list[dict]:
     names = MME_PERCEPTION + MME_COGNITION
     rows = []
-    for picture, turn in itertools.product(range(pictures), range(2)):
+    for image, turn in itertools.product(range(images), range(2)):
         answer = turn == 0
         read = [answer, not answer, None][rng.choice(3, p=[0.7, 0.2, 0.1])]
         rows.append(
             {
-                "id": f"{picture}.{turn}",
-                "category": names[picture % len(names)],
-                "group": str(picture),
+                "id": f"{image}.{turn}",
+                "category": names[image % len(names)],
+                "group": str(image),
                 "read": read,
                 "score": float(read == answer),
                 "answers": ["yes" if answer else "no"],
@@ -81,17 +87,17 @@ def test_the_interval_of_f1_is_scipys():
     assert [low, high] == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=0.8)
 
 
-def test_the_interval_of_mme_draws_pictures_within_their_category():
+def test_the_interval_of_mme_draws_images_within_their_category():
     rows = mme_rows(np.random.default_rng(5))
     summary = Mme()
     low, high = bootstrap_interval(summary.table(rows), summary.score)
     rng, drawn = np.random.default_rng(6), []
-    by_picture = {picture: [row for row in rows if row["group"] == picture] for picture in {r["group"] for r in rows}}
-    categories = {name: [p for p, r in by_picture.items() if r[0]["category"] == name] for name in MME_PERCEPTION}
+    by_image = {image: [row for row in rows if row["group"] == image] for image in {r["group"] for r in rows}}
+    categories = {name: [p for p, r in by_image.items() if r[0]["category"] == name] for name in MME_PERCEPTION}
     for _ in range(800):
         points = 0.0
-        for pictures in categories.values():
-            pairs = [by_picture[pictures[index]] for index in rng.integers(len(pictures), size=len(pictures))]
+        for images in categories.values():
+            pairs = [by_image[images[index]] for index in rng.integers(len(images), size=len(images))]
             right = np.array([[row["score"] for row in pair] for pair in pairs])
             points += 100 * right.mean() + 100 * right.all(1).mean()
         drawn.append(points)
@@ -202,9 +208,9 @@ def test_one_sample_has_an_interval():
 
 
 def found(prediction: str, padded: bool = True) -> dict:
-    """Of a picture of 60 x 100 pixels, which stands 20 pixels from the left in its square."""
+    """Of an image of 60 x 100 pixels, which stands 20 pixels from the left in its square."""
     sample = Sample("0", 0, "", (), box=(6.0, 20.0, 36.0, 60.0))
-    return by_overlap(sample, prediction, Picture(60, 100, padded))
+    return by_overlap(sample, prediction, ImageGeometry(60, 100, padded))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ def found(prediction: str, padded: bool = True) -> dict:
         ("[0.26, 0.20, 0.56, 0.60]", True),  # of the square
         ("[260, 200, 560, 600]", True),
         ("It is at (0.26, 0.2, 0.56, 0.6). And [0, 0, 1, 1]", True),
-        ("[0.10, 0.20, 0.60, 0.60]", False),  # of the picture
+        ("[0.10, 0.20, 0.60, 0.60]", False),  # of the image
         ("[100, 200, 600, 600]", False),
     ],
 )

@@ -4,16 +4,16 @@ import functools
 
 import pytest
 import torch
-from conftest import ask, make_model, make_picture, make_processor
+from conftest import ask, make_image, make_model, make_processor
 from transformers import CompileConfig, DynamicCache
 
 from convllava_hf import ConvLlavaForConditionalGeneration
 
 
 CHATS = [
-    ask("What is this?", make_picture(seed=1)),
-    ask("Compare them in a rather long sentence, please.", make_picture(seed=2), make_picture(seed=3)),
-    ask("No picture."),
+    ask("What is this?", make_image(seed=1)),
+    ask("Compare them in a rather long sentence, please.", make_image(seed=2), make_image(seed=3)),
+    ask("No image."),
 ]
 
 
@@ -67,7 +67,7 @@ def test_batch_equals_one_at_a_time(model, processor, greedy):
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2), (2, 0)])
-def test_pictures_find_their_prompts_in_any_order(model, processor, greedy, order):
+def test_images_find_their_prompts_in_any_order(model, processor, greedy, order):
     together = answer(model, prepare(processor, [CHATS[index] for index in order]))
     assert torch.equal(together, greedy[list(order)])
 
@@ -88,8 +88,8 @@ def test_no_cache_changes_the_answer(model, inputs, greedy, options):
     assert torch.equal(answer(model, inputs, **options), greedy)
 
 
-def test_beams_and_returned_sequences_keep_their_pictures(model, processor, inputs):
-    """A prompt's beams must see that prompt's pictures, whatever number of pictures its neighbours have."""
+def test_beams_and_returned_sequences_keep_their_images(model, processor, inputs):
+    """A prompt's beams must see that prompt's images, whatever number of images its neighbors have."""
     for options in ({"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}):
         together = answer(model, inputs, **options)
         count = options.get("num_return_sequences", 1)
@@ -157,21 +157,19 @@ def test_conversation_goes_on_with_its_cache(model, processor):
         continued = model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False
         )
-        pictures = {name: first[name] for name in ("pixel_values", "image_sizes")}
-        anew = model.generate(input_ids=ids, attention_mask=mask, **pictures, max_new_tokens=8, do_sample=False)
+        images = {name: first[name] for name in ("pixel_values", "image_sizes")}
+        anew = model.generate(input_ids=ids, attention_mask=mask, **images, max_new_tokens=8, do_sample=False)
     assert torch.equal(continued, anew)
 
 
-def test_a_further_turn_brings_its_own_picture(model, processor):
-    """On the first turn's cache, with the new picture alone, the answer is that of both pictures anew."""
+def test_a_further_turn_brings_its_own_image(model, processor):
+    """On the first turn's cache, with the new image alone, the answer is that of both images anew."""
     first = prepare(processor, [CHATS[0]])
-    picture = make_picture(seed=9)
+    image = make_image(seed=9)
     cache = DynamicCache()
     with torch.no_grad():
         turn = model.generate(**first, past_key_values=cache, max_new_tokens=5, do_sample=False)
-        more = processor(
-            images=picture, text=" USER: <image> And this?", add_special_tokens=False, return_tensors="pt"
-        )
+        more = processor(images=image, text=" USER: <image> And this?", add_special_tokens=False, return_tensors="pt")
         ids = torch.cat([turn, more["input_ids"]], dim=1)
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
         new = {name: more[name] for name in ("pixel_values", "image_sizes")}
@@ -198,7 +196,7 @@ def test_pixels_go_in_with_the_prompt_alone(model, inputs, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
-def test_pictures_encoded_before_answer_alike(model, inputs, options, monkeypatch):
+def test_images_encoded_before_answer_alike(model, inputs, options, monkeypatch):
     expected = answer(model, inputs, **options)
     with torch.no_grad():
         encoded = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
@@ -207,10 +205,10 @@ def test_pictures_encoded_before_answer_alike(model, inputs, options, monkeypatc
     assert torch.equal(answer(model, {**rest, "image_hidden_states": torch.cat(encoded)}, **options), expected)
 
 
-def test_pictures_encoded_before_are_for_their_prompts_alone(model, processor, inputs):
+def test_images_encoded_before_are_for_their_prompts_alone(model, processor, inputs):
     encoded = torch.zeros(3, 32)
     rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match="but the pictures have 3 visual tokens"):
+    with pytest.raises(ValueError, match="but the images have 3 visual tokens"):
         answer(model, {**rest, "image_hidden_states": encoded})
     with pytest.raises(ValueError, match="not as both"):
         answer(model, {**inputs, "image_hidden_states": encoded})

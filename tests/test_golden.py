@@ -1,4 +1,4 @@
-"""The original code's figures: what it saw, computed, answered and learnt, against a converted checkpoint."""
+"""The original code's figures: what it saw, computed, answered and learned, against a converted checkpoint."""
 
 import json
 
@@ -15,8 +15,8 @@ LABELS = json.loads((GOLDEN / "labels.json").read_text())
 SAMPLES = json.loads((GOLDEN / "conversations.json").read_text())
 TRAINING = json.loads((GOLDEN / "training.json").read_text())
 VOCABULARY = 640  # the original's; ours holds the placeholder and padding behind it
-TOKENS = 25  # visual tokens of a picture: 320 pixels at stride 64
-PICTURE = -200  # the original's single id for a picture
+TOKENS = 25  # visual tokens of an image: 320 pixels at stride 64
+IMAGE = -200  # the original's single id for an image
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def model(converted_checkpoint):
     return AutoModelForImageTextToText.from_pretrained(converted_checkpoint("stage3")).eval()
 
 
-def picture_paths(case: dict) -> list[str] | None:
+def image_paths(case: dict) -> list[str] | None:
     return [str(GOLDEN / "images" / name) for name in case["images"]] or None
 
 
 def as_messages(turns: list, paths: list[str] | None) -> list[dict]:
     """Turns of the original as a conversation of transformers: each <image> a part of its own, its line break gone."""
     roles = {"USER": "user", "ASSISTANT": "assistant"}
-    pictures = iter(paths or [])
+    images = iter(paths or [])
     messages = []
     for role, value in turns:
         if value is None:
@@ -44,27 +44,27 @@ def as_messages(turns: list, paths: list[str] | None) -> list[dict]:
         first, *others = value.split("<image>")
         content = [{"type": "text", "text": first}]
         for text in others:
-            content += [{"type": "image", "path": next(pictures)}, {"type": "text", "text": text.removeprefix("\n")}]
+            content += [{"type": "image", "path": next(images)}, {"type": "text", "text": text.removeprefix("\n")}]
         messages.append({"role": roles[role], "content": [part for part in content if part.get("text") != ""]})
     return messages
 
 
 def expand(ids: list[int], image_token_id: int) -> list[int]:
-    """The original's ids with as many placeholders for a picture as it has visual tokens."""
-    return [token for one in ids for token in ([image_token_id] * TOKENS if one == PICTURE else [one])]
+    """The original's ids with as many placeholders for an image as it has visual tokens."""
+    return [token for one in ids for token in ([image_token_id] * TOKENS if one == IMAGE else [one])]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_token_ids_of_a_prompt(processor, name):
     case = CASES[name]
-    inputs = processor(text=case["prompt"], images=picture_paths(case))
+    inputs = processor(text=case["prompt"], images=image_paths(case))
     assert inputs["input_ids"] == [expand(case["input_ids"], processor.image_token_id)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_token_ids_of_a_conversation(processor, name):
     case = CASES[name]
-    messages = as_messages(case["turns"], picture_paths(case))
+    messages = as_messages(case["turns"], image_paths(case))
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
     # Blanks stand for the dummy prefixes that SentencePiece gives the texts between.
     assert rendered.removeprefix("<s> ").replace("<image> ", "<image>") == case["prompt"]
@@ -77,14 +77,14 @@ def test_token_ids_of_a_conversation(processor, name):
 def test_token_ids_as_vllm_makes_them(processor, name):
     """It takes the ids of the rendered prompt, and replaces placeholders as it saw the processor do it elsewhere."""
     case = CASES[name]
-    messages = as_messages(case["turns"], picture_paths(case))
+    messages = as_messages(case["turns"], image_paths(case))
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
-    picture = np.zeros((320, 320, 3), np.uint8)
-    learnt = processor(text="<image><image>", images=[picture] * 2, add_special_tokens=False)["input_ids"][0]
-    assert len(learnt) % 2 == 0
+    image = np.zeros((320, 320, 3), np.uint8)
+    learned = processor(text="<image><image>", images=[image] * 2, add_special_tokens=False)["input_ids"][0]
+    assert len(learned) % 2 == 0
     found = []
     for token in processor.tokenizer(rendered, add_special_tokens=False).input_ids:
-        found += learnt[: len(learnt) // 2] if token == processor.image_token_id else [token]
+        found += learned[: len(learned) // 2] if token == processor.image_token_id else [token]
     assert found == expand(case["input_ids"], processor.image_token_id)
 
 
@@ -92,16 +92,14 @@ def test_token_ids_as_vllm_makes_them(processor, name):
 def test_token_ids_in_two_steps(processor, name):
     """The chat template first, the processor second."""
     case = CASES[name]
-    rendered = processor.apply_chat_template(
-        as_messages(case["turns"], picture_paths(case)), add_generation_prompt=True
-    )
-    inputs = processor(text=rendered, images=picture_paths(case))
+    rendered = processor.apply_chat_template(as_messages(case["turns"], image_paths(case)), add_generation_prompt=True)
+    inputs = processor(text=rendered, images=image_paths(case))
     assert inputs["input_ids"] == [expand(case["input_ids"], processor.image_token_id)]
 
 
 @pytest.mark.parametrize("name", [key.removesuffix(".pixel_values") for key in FIGURES if "pixel" in key])
 def test_pixel_values(processor, name):
-    seen = processor.image_processor(picture_paths(CASES[name]), return_tensors="np")
+    seen = processor.image_processor(image_paths(CASES[name]), return_tensors="np")
     np.testing.assert_allclose(seen["pixel_values"], FIGURES[f"{name}.pixel_values"], rtol=0, atol=1e-6)
     assert seen["image_sizes"].tolist() == [[320, 320]] * len(CASES[name]["images"])
 
@@ -109,8 +107,8 @@ def test_pixel_values(processor, name):
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name]["images"]])
 @torch.no_grad()
 def test_features(processor, model, name):
-    pictures = processor.image_processor(picture_paths(CASES[name]), return_tensors="pt")
-    outputs = model.get_image_features(**pictures)
+    images = processor.image_processor(image_paths(CASES[name]), return_tensors="pt")
+    outputs = model.get_image_features(**images)
     features = outputs.last_hidden_state.flatten(2).transpose(1, 2)  # (N, C, h, w) -> (N, tokens, C)
     np.testing.assert_allclose(features, FIGURES[f"{name}.vision_features"], rtol=0, atol=1e-4)
     projected = torch.stack(outputs.pooler_output)
@@ -121,7 +119,7 @@ def test_features(processor, model, name):
 @torch.no_grad()
 def test_logits(processor, model, name):
     case = CASES[name]
-    inputs = processor(text=case["prompt"], images=picture_paths(case), return_tensors="pt")
+    inputs = processor(text=case["prompt"], images=image_paths(case), return_tensors="pt")
     logits = model(**inputs).logits[0, :, :VOCABULARY]
     np.testing.assert_allclose(logits, FIGURES[f"{name}.logits"].reshape(logits.shape), rtol=0, atol=1e-4)
 
@@ -129,14 +127,14 @@ def test_logits(processor, model, name):
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_answers(processor, model, name):
     case = CASES[name]
-    inputs = processor(text=case["prompt"], images=picture_paths(case), return_tensors="pt")
+    inputs = processor(text=case["prompt"], images=image_paths(case), return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert ids.tolist() == case["generated"]
     assert processor.decode(ids, skip_special_tokens=True).strip() == case["text"].strip()
 
 
 def test_greedy_answers_of_all_cases_in_one_batch(processor, model):
-    paths = [path for case in CASES.values() for path in picture_paths(case) or []]
+    paths = [path for case in CASES.values() for path in image_paths(case) or []]
     prompts = [case["prompt"] for case in CASES.values()]
     inputs = processor(text=prompts, images=paths, padding=True, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
@@ -167,7 +165,7 @@ def training_batch(processor) -> tuple[dict, torch.Tensor]:
     for row in rows:
         places = zip(row["input_ids"], row["labels"], strict=True)
         labels.append(
-            torch.tensor([one for token, label in places for one in [label] * (TOKENS if token == PICTURE else 1)])
+            torch.tensor([one for token, label in places for one in [label] * (TOKENS if token == IMAGE else 1)])
         )
     paths = [str(GOLDEN / "images" / sample["image"]) for sample in SAMPLES if "image" in sample]
     inputs = {

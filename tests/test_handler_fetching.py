@@ -14,7 +14,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from handler_loading import load_handler, make_repository
 
 
@@ -25,14 +25,14 @@ PATIENCE = 6.0  # seconds after which the slow server gives up, so that a handle
 
 def png(seed: int) -> bytes:
     buffer = io.BytesIO()
-    make_picture(seed=seed).save(buffer, format="PNG")
+    make_image(seed=seed).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 PNG = png(1)
 
 
-class Pictures(BaseHTTPRequestHandler):
+class Images(BaseHTTPRequestHandler):
     """What the internet holds, on loopback. A redirect's target is in its query."""
 
     def do_GET(self):  # noqa: N802
@@ -42,7 +42,7 @@ class Pictures(BaseHTTPRequestHandler):
             self.answer(b"", 302, Location=target)
         elif path == "/nowhere":
             self.answer(b"", 302)
-        elif path == "/picture.png" or path == SECRET:
+        elif path == "/image.png" or path == SECRET:
             self.answer(PNG)
         elif path == "/notes.jpg":
             self.answer(b"This is a text, whatever its name says.\n" * 20, **{"Content-Type": "image/jpeg"})
@@ -92,7 +92,7 @@ class Pictures(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Images)
     server.daemon_threads = True
     server.stop = threading.Event()
     server.seen, server.hung_up = [], 0
@@ -109,7 +109,7 @@ class Internet:
     def __init__(self, server, secure_port: int | None = None):
         self.port = server.server_port
         self.secure_port = secure_port
-        self.names: dict[str, list] = {"pictures.test": [[PUBLIC]], "pictures.example": [[OTHER]]}
+        self.names: dict[str, list] = {"images.test": [[PUBLIC]], "images.example": [[OTHER]]}
         self.resolved: list[str] = []
         self.connected: list[tuple[str, int]] = []
         self._getaddrinfo, self._connect = socket.getaddrinfo, socket.create_connection
@@ -164,36 +164,36 @@ def about(*urls: str) -> dict:
 
 def check_next_request(handler) -> None:
     handler.limits = type(handler.limits)()  # a second may be short for a busy machine
-    assert "error" not in handler(about("http://pictures.test/picture.png"))
+    assert "error" not in handler(about("http://images.test/image.png"))
 
 
 # --- what is fetched
 
 
-def test_a_picture_behind_a_url_is_what_it_is_in_base64(handler, internet, server):
+def test_an_image_behind_a_url_is_what_it_is_in_base64(handler, internet, server):
     given = handler(about(base64.b64encode(PNG).decode()))
-    assert handler(about("http://pictures.test/picture.png")) == given
-    assert handler(about("HTTP://PICTURES.TEST:80/picture.png?size=a b&ü=1#part")) == given
+    assert handler(about("http://images.test/image.png")) == given
+    assert handler(about("HTTP://IMAGES.TEST:80/image.png?size=a b&ü=1#part")) == given
     assert internet.connected == [(PUBLIC, 80)] * 2
     assert server.seen == [
-        ("/picture.png", "pictures.test"),
-        ("/picture.png?size=a%20b&%C3%BC=1", "pictures.test"),
+        ("/image.png", "images.test"),
+        ("/image.png?size=a%20b&%C3%BC=1", "images.test"),
     ]
 
 
 def test_another_port_and_ipv6_are_reached(handler, internet, server):
-    assert "error" not in handler(about("http://pictures.example:8080/picture.png", f"http://[{OTHER}]/picture.png"))
+    assert "error" not in handler(about("http://images.example:8080/image.png", f"http://[{OTHER}]/image.png"))
     assert internet.connected == [(OTHER, 8080), (OTHER, 80)]
-    assert [host for _, host in server.seen] == ["pictures.example:8080", f"[{OTHER}]"]
+    assert [host for _, host in server.seen] == ["images.example:8080", f"[{OTHER}]"]
 
 
 def test_redirects_are_followed_up_to_a_number(handler, internet):
-    first = "http://pictures.test"
-    relative = f"{first}/redirect?/redirect?http://pictures.example/redirect?/picture.png"
+    first = "http://images.test"
+    relative = f"{first}/redirect?/redirect?http://images.example/redirect?/image.png"
     assert "error" not in handler(about(relative))
-    assert internet.resolved == ["pictures.test", "pictures.test", "pictures.example", "pictures.example"]
+    assert internet.resolved == ["images.test", "images.test", "images.example", "images.example"]
 
-    loop = f"{first}/redirect?" * 4 + f"{first}/picture.png"
+    loop = f"{first}/redirect?" * 4 + f"{first}/image.png"
     answer = handler(about(loop))
     assert (answer["status"], len(internet.resolved)) == (424, 4 + 4)
     assert "redirects more than 3 times" in answer["error"]
@@ -201,7 +201,7 @@ def test_redirects_are_followed_up_to_a_number(handler, internet):
 
 
 def test_an_address_that_does_not_answer_is_followed_by_the_next(handler, internet, monkeypatch):
-    internet.names["pictures.test"] = [["93.184.215.15", PUBLIC]]
+    internet.names["images.test"] = [["93.184.215.15", PUBLIC]]
     connect = internet.create_connection
 
     def refuse(address, *args, **kwargs):
@@ -211,8 +211,8 @@ def test_an_address_that_does_not_answer_is_followed_by_the_next(handler, intern
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     check_next_request(handler)
-    internet.names["pictures.test"] = [["93.184.215.15"]]
-    assert "could not be fetched: refused" in handler(about("http://pictures.test/picture.png"))["error"]
+    internet.names["images.test"] = [["93.184.215.15"]]
+    assert "could not be fetched: refused" in handler(about("http://images.test/image.png"))["error"]
 
 
 # --- where nothing is fetched from
@@ -256,11 +256,11 @@ def test_no_private_address_is_connected_to(handler, internet, server, address):
     internet.names["internal.test"] = [[address]]
     host = f"[{address}]" if ":" in address else address
     urls = [f"http://{host}:{server.server_port}{SECRET}", f"http://internal.test:{server.server_port}{SECRET}"]
-    urls += [f"http://pictures.test/redirect?{url}" for url in urls]
+    urls += [f"http://images.test/redirect?{url}" for url in urls]
     for url in urls:
         answer = handler(about(url))
         assert answer["status"] in (403, 400, 424), answer
-        assert "picture" in answer["error"] or "public address" in answer["error"]
+        assert "image" in answer["error"] or "public address" in answer["error"]
     assert all(connected == (PUBLIC, 80) for connected in internet.connected)
     assert not any(path == SECRET for path, _ in server.seen)
     check_next_request(handler)
@@ -276,11 +276,11 @@ def test_other_ways_to_write_loopback_are_loopback(handler, internet, server, ho
 @pytest.mark.parametrize(
     "url",
     [
-        "http://pictures.test@127.0.0.1:{port}/secret.png",
-        "http://127.0.0.1:{port}\\@pictures.test/secret.png",
-        "http://127.0.0.1:{port}#@pictures.test/secret.png",
-        "http://127.0.0.1:{port}?@pictures.test/secret.png",
-        "http://pictures.test\t@127.0.0.1:{port}/secret.png",
+        "http://images.test@127.0.0.1:{port}/secret.png",
+        "http://127.0.0.1:{port}\\@images.test/secret.png",
+        "http://127.0.0.1:{port}#@images.test/secret.png",
+        "http://127.0.0.1:{port}?@images.test/secret.png",
+        "http://images.test\t@127.0.0.1:{port}/secret.png",
         "http:\\\\127.0.0.1:{port}/secret.png",
         "http:127.0.0.1:{port}/secret.png",
         "http://[::ffff:127.0.0.1]:{port}/secret.png",
@@ -297,24 +297,24 @@ def test_urls_that_parsers_read_differently_do_not_lead_to_loopback(handler, int
 def test_a_name_is_resolved_once_and_connected_to_as_checked(handler, internet, server):
     """DNS rebinding: public when it is checked, and loopback ever after."""
     internet.names["rebound.test"] = [[PUBLIC], ["127.0.0.1"]]
-    assert "error" not in handler(about("http://rebound.test/picture.png"))
+    assert "error" not in handler(about("http://rebound.test/image.png"))
     assert internet.resolved == ["rebound.test"]
     assert internet.connected == [(PUBLIC, 80)]
-    answer = handler(about("http://rebound.test/picture.png"))
+    answer = handler(about("http://rebound.test/image.png"))
     assert (answer["status"], len(internet.connected)) == (403, 1)
 
 
 def test_of_several_addresses_the_public_ones_are_used(handler, internet, server):
     internet.names["both.test"] = [["127.0.0.1", "10.0.0.1", PUBLIC]]
-    assert "error" not in handler(about("http://both.test/picture.png"))
+    assert "error" not in handler(about("http://both.test/image.png"))
     assert internet.connected == [(PUBLIC, 80)]
 
 
 @pytest.mark.parametrize(
-    "target", ["file:///etc/passwd", "ftp://pictures.test/a.png", "data:image/png;base64,AAAA", "http:", "//[x/"]
+    "target", ["file:///etc/passwd", "ftp://images.test/a.png", "data:image/png;base64,AAAA", "http:", "//[x/"]
 )
 def test_redirects_lead_to_http_alone(handler, internet, target):
-    answer = handler(about(f"http://pictures.test/redirect?{target}"))
+    answer = handler(about(f"http://images.test/redirect?{target}"))
     assert answer["status"] in (400, 424), answer
     assert re.search("is not fetched|which is no URL|redirects more than", answer["error"])
     check_next_request(handler)
@@ -334,19 +334,19 @@ def test_proxies_of_the_environment_are_not_used(handler, internet, server, monk
 @pytest.mark.parametrize(
     ("url", "status", "message"),
     [
-        ("http://pictures.test/notes.jpg", 415, "notes.jpg' is not a picture that can be read"),
-        ("http://pictures.test/cut", 415, "cannot be decoded"),
-        ("http://pictures.test/missing", 424, "answered with status 404"),
-        ("http://pictures.test/nowhere", 424, "redirects to nowhere"),
-        ("http://pictures.test/garbage", 424, "could not be fetched"),
-        ("http://pictures.test/endless", 413, "larger than 100000 bytes"),
-        ("http://pictures.test/declared", 413, "larger than 100000 bytes"),
+        ("http://images.test/notes.jpg", 415, "notes.jpg' is not an image that can be read"),
+        ("http://images.test/cut", 415, "cannot be decoded"),
+        ("http://images.test/missing", 424, "answered with status 404"),
+        ("http://images.test/nowhere", 424, "redirects to nowhere"),
+        ("http://images.test/garbage", 424, "could not be fetched"),
+        ("http://images.test/endless", 413, "larger than 100000 bytes"),
+        ("http://images.test/declared", 413, "larger than 100000 bytes"),
         ("http://unknown.test/a.png", 424, "the host's name cannot be resolved"),
-        ("http://pictures.test:99999/a.png", 400, "expected a URL of http or https"),
+        ("http://images.test:99999/a.png", 400, "expected a URL of http or https"),
         ("http:///a.png", 400, "names no host"),
         ("http://[::1/a.png", 400, "expected a URL"),
         ("http://a..test/a.png", 400, "expected a URL"),
-        ("http://pictures.test/a\r\nX-Injected: 1", 424, "answered with status 404"),
+        ("http://images.test/a\r\nX-Injected: 1", 424, "answered with status 404"),
     ],
 )
 def test_what_cannot_be_fetched_is_told(handler, internet, server, url, status, message):
@@ -363,7 +363,7 @@ def test_a_server_that_takes_its_time_is_left(handler, internet, server, path):
     """Though each of its bytes comes in time."""
     handler.limits = replace(handler.limits, fetch_seconds=1.0)
     start = time.monotonic()
-    answer = handler(about(f"http://pictures.test{path}"))
+    answer = handler(about(f"http://images.test{path}"))
     assert time.monotonic() - start < PATIENCE - 1
     assert answer["status"] == 424
     assert "did not arrive within 1 seconds" in answer["error"]
@@ -372,13 +372,13 @@ def test_a_server_that_takes_its_time_is_left(handler, internet, server, path):
 
 def test_a_server_may_take_longer_for_its_answer_than_for_the_connection(handler, internet, server, monkeypatch):
     monkeypatch.setattr(sys.modules["handler.EndpointHandler"], "_CONNECT_SECONDS", 0.5)
-    assert "error" not in handler(about("http://pictures.test/late"))
+    assert "error" not in handler(about("http://images.test/late"))
 
 
-def test_the_time_is_that_of_all_pictures_together(handler, internet, server):
+def test_the_time_is_that_of_all_images_together(handler, internet, server):
     handler.limits = replace(handler.limits, fetch_seconds=1.0)
     start = time.monotonic()
-    answer = handler(about(*["http://pictures.test/drop-by-drop"] * 4))
+    answer = handler(about(*["http://images.test/drop-by-drop"] * 4))
     assert time.monotonic() - start < PATIENCE - 1
     assert answer["status"] == 424
 
@@ -387,7 +387,7 @@ def test_a_resolver_that_takes_its_time_is_left(handler, internet, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(PATIENCE) or [])
     handler.limits = replace(handler.limits, fetch_seconds=0.5)
     start = time.monotonic()
-    answer = handler(about("http://pictures.test/picture.png"))
+    answer = handler(about("http://images.test/image.png"))
     assert time.monotonic() - start < PATIENCE - 1
     assert "did not arrive within 0.5 seconds" in answer["error"]
 
@@ -399,7 +399,7 @@ def test_connections_and_threads_are_given_back(handler, internet, server):
     before = threads()
     for _ in range(3):
         check_next_request(handler)
-        handler(about("http://pictures.test/redirect?http://127.0.0.1/"))
+        handler(about("http://images.test/redirect?http://127.0.0.1/"))
     deadline = time.monotonic() + 5
     while threads() > before and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -411,12 +411,12 @@ def test_connections_and_threads_are_given_back(handler, internet, server):
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """A certificate of pictures.test that nobody has signed, and its key."""
+    """A certificate of images.test that nobody has signed, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     folder = tmp_path_factory.mktemp("certificate")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=pictures.test"]
-    command += ["-addext", "subjectAltName=DNS:pictures.test", "-keyout", "key.pem", "-out", "cert.pem"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=images.test"]
+    command += ["-addext", "subjectAltName=DNS:images.test", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
 
@@ -426,7 +426,7 @@ def secure(certificate, internet, server):
     """The same server behind TLS, at port 443 of the public addresses."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
-    secure = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    secure = ThreadingHTTPServer(("127.0.0.1", 0), Images)
     secure.socket = context.wrap_socket(secure.socket, server_side=True)
     secure.daemon_threads = True
     secure.seen, secure.stop, secure.hung_up = server.seen, server.stop, 0
@@ -439,24 +439,24 @@ def secure(certificate, internet, server):
 
 
 def test_https_is_checked_against_the_name_and_not_the_address(handler, secure, internet, server, monkeypatch):
-    answer = handler(about("https://pictures.test/picture.png"))
+    answer = handler(about("https://images.test/image.png"))
     assert answer["status"] == 424
     assert "CERTIFICATE_VERIFY_FAILED" in answer["error"]
     assert not server.seen
 
     monkeypatch.setenv("SSL_CERT_FILE", str(secure))
-    assert "error" not in handler(about("https://pictures.test/picture.png"))
-    assert server.seen == [("/picture.png", "pictures.test")]
+    assert "error" not in handler(about("https://images.test/image.png"))
+    assert server.seen == [("/image.png", "images.test")]
     assert internet.connected == [(PUBLIC, 443)] * 2
-    for url in ("https://pictures.example/picture.png", f"https://{PUBLIC}/picture.png"):
+    for url in ("https://images.example/image.png", f"https://{PUBLIC}/image.png"):
         assert "CERTIFICATE_VERIFY_FAILED" in handler(about(url))["error"]
-    assert "error" not in handler(about("http://pictures.test/redirect?https://pictures.test/picture.png"))
+    assert "error" not in handler(about("http://images.test/redirect?https://images.test/image.png"))
 
 
 def test_https_ends_in_time_too(handler, secure, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(secure))
     handler.limits = replace(handler.limits, fetch_seconds=1.0)
     start = time.monotonic()
-    answer = handler(about("https://pictures.test/drop-by-drop"))
+    answer = handler(about("https://images.test/drop-by-drop"))
     assert time.monotonic() - start < PATIENCE - 1
     assert "did not arrive within 1 seconds" in answer["error"]

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import ask, make_picture
+from conftest import ask, make_image
+from fake_hub import serve_hub
 from fresh_process import ANSWERS, run_fresh
-from hub_double import serve_hub
 
 
 pytestmark = pytest.mark.slow
@@ -26,9 +26,9 @@ def environment(hub) -> dict:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    make_picture(seed=3).save(path)
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    make_image(seed=3).save(path)
     return path
 
 
@@ -80,7 +80,7 @@ def test_a_folder_that_is_uploaded_arrives_as_it_is(pushed, hub, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def found(pushed, environment, picture) -> dict:
+def found(pushed, environment, image) -> dict:
     return run_fresh(
         ANSWERS
         + """
@@ -107,15 +107,15 @@ transformers.AutoProcessor.from_pretrained("user/tiny", **trust).push_to_hub("us
 result["third"] = answers("user/third", [name], **trust)
 """,
         env=environment,
-        picture=picture,
+        image=image,
         question=QUESTION,
         name=NAME,
     )
 
 
-def test_a_process_without_the_package_loads_it_by_id(found, model, processor, picture):
+def test_a_process_without_the_package_loads_it_by_id(found, model, processor, image):
     inputs = processor.apply_chat_template(
-        ask(QUESTION, str(picture)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ask(QUESTION, str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     assert found["by id"][NAME]["ids"] == ids[0, inputs["input_ids"].shape[1] :].tolist()

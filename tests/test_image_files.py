@@ -13,14 +13,14 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import make_picture, make_processor, picture_with_broken_exif
+from conftest import image_with_broken_exif, make_image, make_processor
 from PIL import Image, ImageOps
 
 from convllava_hf import ConvLlavaImageProcessor
 from convllava_hf.cli import main
-from convllava_hf.data.picture_files import examine, stored_size
+from convllava_hf.data.image_files import examine, stored_size
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.inference import open_picture
+from convllava_hf.inference import open_image
 from convllava_hf.modeling.image_processing_convllava import ImageError
 from convllava_hf.modeling.image_utils_convllava import IMAGE_FORMATS, orientation_of
 
@@ -31,7 +31,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage
 
 def encoded(kind: str, image: Image.Image | None = None, **options) -> bytes:
     buffer = io.BytesIO()
-    (image or make_picture(40, 60)).save(buffer, kind, **options)
+    (image or make_image(40, 60)).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -69,10 +69,10 @@ def test_what_is_no_file_is_refused_at_once(odd_paths, kind):
     for look in (PROCESSOR, PROCESSOR.fetch_images, lambda path: PROCESSOR({"bytes": None, "path": str(path)})):
         with pytest.raises(ImageError, match=f"{path.name}.* is not an image but a {kind}"):
             look(path)
-    assert examine({"bytes": None, "path": str(path)}).kind in ("unreadable picture", "missing picture")
+    assert examine({"bytes": None, "path": str(path)}).kind in ("unreadable image", "missing image")
     assert stored_size({"bytes": None, "path": str(path)}) is None
     with pytest.raises(ConvLlavaError, match=f"a {kind}"):
-        open_picture(path)
+        open_image(path)
 
 
 def test_ask_refuses_a_pipe_on_one_line(odd_paths, checkpoint, capsys):
@@ -86,7 +86,7 @@ def test_names_that_no_file_can_have(path):
     with pytest.raises((ImageError, FileNotFoundError)) as caught:
         PROCESSOR(path)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
-    assert examine({"bytes": None, "path": path}).kind in ("unreadable picture", "missing picture")
+    assert examine({"bytes": None, "path": path}).kind in ("unreadable image", "missing image")
 
 
 @pytest.mark.parametrize("row", [{"bytes": "abc"}, {"bytes": 5}, {"path": 5}, {"bytes": b"", "path": None}])
@@ -143,14 +143,14 @@ def test_postscript_starts_no_ghostscript(name, tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="is not an image of a format"):
         PROCESSOR("data:image/png;base64," + base64.b64encode(EPS).decode())
     with pytest.raises(ConvLlavaError):
-        open_picture(tmp_path / name)
-    assert examine({"bytes": EPS, "path": name}).kind == "unreadable picture"
+        open_image(tmp_path / name)
+    assert examine({"bytes": EPS, "path": name}).kind == "unreadable image"
     assert stored_size({"bytes": EPS, "path": name}) is None
 
 
 def test_every_format_of_the_list_is_opened():
     Image.init()
-    image = make_picture(40, 60)
+    image = make_image(40, 60)
     for kind in set(IMAGE_FORMATS) & set(Image.OPEN):
         row = {"bytes": encoded(kind, image), "path": None}
         difference = np.abs(PROCESSOR(row, return_tensors="np")["pixel_values"] - PROCESSOR(image)["pixel_values"])
@@ -159,7 +159,7 @@ def test_every_format_of_the_list_is_opened():
 
 
 def test_deep_images_in_base64_are_as_in_files():
-    deep = np.asarray(make_picture(mode="L")).astype(np.uint16) * 257
+    deep = np.asarray(make_image(mode="L")).astype(np.uint16) * 257
     content = encoded("PNG", Image.fromarray(deep))
     given = PROCESSOR("data:image/png;base64," + base64.b64encode(content).decode())["pixel_values"]
     np.testing.assert_array_equal(given, PROCESSOR(deep)["pixel_values"])
@@ -168,7 +168,7 @@ def test_deep_images_in_base64_are_as_in_files():
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_images_without_pixels_are_refused(size):
     with pytest.raises(ImageError, match=f"number 2 of the call has {size[0]} x {size[1]} pixels"):
-        PROCESSOR([make_picture(), Image.new("RGB", size)])
+        PROCESSOR([make_image(), Image.new("RGB", size)])
 
 
 # --- EXIF
@@ -198,7 +198,7 @@ def test_broken_exif_hides_no_image(content, turns, tmp_path):
     found = examine(row)
     assert found.kind is None and found.size == stored_size(row) == (expected.height, expected.width)
     (tmp_path / "photo.jpg").write_bytes(content)
-    assert open_picture(tmp_path / "photo.jpg").size == expected.size
+    assert open_image(tmp_path / "photo.jpg").size == expected.size
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
@@ -224,11 +224,11 @@ def test_changed_bytes_raise_nothing_but_image_errors_and_the_check_agrees(monke
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
     Image.init()
     chance = random.Random(0)
-    gray = make_picture(24, 32, mode="L")
+    gray = make_image(24, 32, mode="L")
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     floats = Image.fromarray((np.asarray(gray) / 255).astype(np.float32))
-    files = [encoded(kind, make_picture(24, 32)) for kind in set(IMAGE_FORMATS) & set(Image.OPEN)]
-    files += [encoded("PNG", deep), encoded("TIFF", deep), encoded("TIFF", floats), picture_with_broken_exif()]
+    files = [encoded(kind, make_image(24, 32)) for kind in set(IMAGE_FORMATS) & set(Image.OPEN)]
+    files += [encoded("PNG", deep), encoded("TIFF", deep), encoded("TIFF", floats), image_with_broken_exif()]
     files += [encoded("GIF", gray.convert("P")), encoded("TIFF", compression="tiff_lzw"), encoded("PNG", gray)]
     outcomes = {True: 0, False: 0}
     for _ in range(600):
@@ -255,7 +255,7 @@ def test_changed_bytes_raise_nothing_but_image_errors_and_the_check_agrees(monke
 )
 def test_whatever_pil_raises_is_one_error_that_names_the_file(raised, tmp_path, monkeypatch):
     path = tmp_path / "photo.png"
-    make_picture().save(path)
+    make_image().save(path)
 
     def load(self):
         raise raised
@@ -265,20 +265,20 @@ def test_whatever_pil_raises_is_one_error_that_names_the_file(raised, tmp_path, 
         with pytest.raises(ImageError, match="photo.png.* cannot be decoded") as caught:
             PROCESSOR(image)
         assert caught.value.__cause__ is raised
-    assert examine({"bytes": None, "path": str(path)}).kind == "truncated picture"
+    assert examine({"bytes": None, "path": str(path)}).kind == "truncated image"
 
 
 def test_what_cannot_be_prepared_is_named():
     with pytest.raises(ImageError, match="number 1 of the call cannot be prepared"):
-        PROCESSOR(make_picture(50, 70), do_resize=False, image_aspect_ratio="native")
+        PROCESSOR(make_image(50, 70), do_resize=False, image_aspect_ratio="native")
 
 
-def test_open_picture_meets_what_only_converting_finds(tmp_path):
+def test_open_image_meets_what_only_converting_finds(tmp_path):
     bright = np.linspace(0, 3, 64**2, dtype=np.float32).reshape(64, 64)
     Image.fromarray(bright).save(tmp_path / "bright.tif")
     with pytest.raises(ConvLlavaError, match=r"bright.tif.*expected \[0, 1\]"):
-        open_picture(tmp_path / "bright.tif")
-    assert examine({"bytes": None, "path": str(tmp_path / "bright.tif")}).kind == "unreadable picture"
+        open_image(tmp_path / "bright.tif")
+    assert examine({"bytes": None, "path": str(tmp_path / "bright.tif")}).kind == "unreadable image"
 
 
 # --- threads
@@ -287,7 +287,7 @@ def test_open_picture_meets_what_only_converting_finds(tmp_path):
 def test_threads_with_different_padding_get_what_each_gets_alone():
     processor = make_processor()
     processor = pickle.loads(pickle.dumps(copy.deepcopy(processor)))
-    image = make_picture()
+    image = make_image()
     texts = ["<image>\nWhat is this?", "<image>\nA longer question about the sign on the left, please: what is it?"]
     ways = [
         {"padding": True},

@@ -6,17 +6,17 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 from convllava_hf import ConvLlavaImageProcessor
-from convllava_hf.data.picture_files import examine
-from convllava_hf.memory import _key
+from convllava_hf.data.image_files import examine
+from convllava_hf.prompt_cache import _key
 
 
 PROCESSOR = ConvLlavaImageProcessor(size=128)
-GRAY = np.asarray(make_picture(64, 128, mode="L"))
-COLORS = np.asarray(make_picture(64, 128))
+GRAY = np.asarray(make_image(64, 128, mode="L"))
+COLORS = np.asarray(make_image(64, 128))
 MASK = GRAY > 128
 
 
@@ -183,7 +183,7 @@ def test_whole_numbers_of_32_bits_that_would_be_black_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"labels.tif.*expected 0 to 2147483647, which is white with 32 bits"):
         PROCESSOR(tmp_path / "labels.tif")
     found = examine({"bytes": None, "path": str(tmp_path / "labels.tif")})
-    assert found.kind == "unreadable picture" and "2147483647" in found.detail
+    assert found.kind == "unreadable image" and "2147483647" in found.detail
 
 
 def test_deep_gray_is_converted_a_strip_at_a_time(monkeypatch):

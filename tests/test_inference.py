@@ -7,7 +7,7 @@ import socket
 
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_image
 
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import (
@@ -15,7 +15,7 @@ from convllava_hf.inference import (
     _AnswerStream,
     assistant_turn,
     load,
-    open_picture,
+    open_image,
     system_turn,
     user_turn,
 )
@@ -29,7 +29,7 @@ def assistant(checkpoint) -> Assistant:
 
 @pytest.fixture
 def turn() -> dict:
-    return user_turn("What is on the sign?", [make_picture()])
+    return user_turn("What is on the sign?", [make_image()])
 
 
 def test_load_puts_the_model_where_and_as_asked(checkpoint):
@@ -37,7 +37,7 @@ def test_load_puts_the_model_where_and_as_asked(checkpoint):
     assert assistant.device == torch.device("cpu")
     assert {parameter.dtype for parameter in assistant.model.parameters()} == {torch.bfloat16}
     assert not assistant.model.training
-    assert assistant.answer([user_turn("Hello", [make_picture()])], max_new_tokens=2).token_ids
+    assert assistant.answer([user_turn("Hello", [make_image()])], max_new_tokens=2).token_ids
 
 
 def test_answer_is_what_generate_gives(assistant, turn):
@@ -139,7 +139,7 @@ def test_answer_ends_at_the_context_and_a_full_context_is_refused(assistant):
 
 
 @pytest.mark.parametrize(
-    ("text", "pictures", "expected"),
+    ("text", "images", "expected"),
     [
         ("What?", 1, ["image", "What?"]),
         ("What?", 2, ["image", "image", "What?"]),
@@ -151,26 +151,26 @@ def test_answer_ends_at_the_context_and_a_full_context_is_refused(assistant):
         ("Is <image> like <image>?", 2, ["Is ", "image", " like ", "image", "?"]),
     ],
 )
-def test_pictures_stand_first_or_where_the_text_says(text, pictures, expected):
-    turn = user_turn(text, [make_picture(seed=index) for index in range(pictures)])
+def test_images_stand_first_or_where_the_text_says(text, images, expected):
+    turn = user_turn(text, [make_image(seed=index) for index in range(images)])
     assert [part.get("text", part["type"]) for part in turn["content"]] == expected
 
 
-@pytest.mark.parametrize(("text", "pictures"), [("<image> and <image>", 1), ("<image>", 0), ("a <image>", 2)])
-def test_pictures_and_places_that_differ_are_refused(text, pictures):
-    with pytest.raises(ConvLlavaError, match=f"{text.count('<image>')} times and comes with {pictures} pictures"):
-        user_turn(text, [make_picture()] * pictures)
+@pytest.mark.parametrize(("text", "images"), [("<image> and <image>", 1), ("<image>", 0), ("a <image>", 2)])
+def test_images_and_places_that_differ_are_refused(text, images):
+    with pytest.raises(ConvLlavaError, match=f"{text.count('<image>')} times and comes with {images} images"):
+        user_turn(text, [make_image()] * images)
 
 
-def test_open_picture(tmp_path):
-    picture = make_picture()
-    picture.save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").tobytes() == picture.tobytes()
-    (tmp_path / "text.png").write_text("no picture")
+def test_open_image(tmp_path):
+    image = make_image()
+    image.save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").tobytes() == image.tobytes()
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:-2000])
     for name in ("missing.png", "text.png", "half.png", "."):
-        with pytest.raises(ConvLlavaError, match="Cannot read the picture") as caught:
-            open_picture(tmp_path / name)
+        with pytest.raises(ConvLlavaError, match="Cannot read the image") as caught:
+            open_image(tmp_path / name)
         assert str(tmp_path) in str(caught.value)
 
 
@@ -178,8 +178,8 @@ def test_url_that_does_not_answer(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and not listening: connections are refused
-        with pytest.raises(ConvLlavaError, match="Cannot read the picture 'http://"):
-            open_picture(f"http://127.0.0.1:{taken.getsockname()[1]}/a.png")
+        with pytest.raises(ConvLlavaError, match="Cannot read the image 'http://"):
+            open_image(f"http://127.0.0.1:{taken.getsockname()[1]}/a.png")
 
 
 def test_folders_that_are_no_convllava_are_refused_by_name(tmp_path, golden):

@@ -7,13 +7,13 @@ import shutil
 import socket
 
 import pytest
-from parts import make_language_model, make_tower
+from tiny_models import make_language_model, make_tower
 
 from convllava_hf.convert import assemble, convert_checkpoint
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.links import check_links
 from convllava_hf.publish import About, push
-from convllava_hf.publish.files import INDEX, stage
+from convllava_hf.publish.staging import INDEX, stage
 
 
 SECRET = "my pin is 1234"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ask, make_picture
+from conftest import ask, make_image
 from test_readme import commands
 
 from convllava_hf.cli import main
@@ -31,7 +31,7 @@ from lmms_eval.tasks.textvqa.utils import textvqa_doc_to_text, textvqa_process_r
 PROMPT = {"pre_prompt": "", "post_prompt": "\\nAnswer the question using a single word or phrase."}
 
 
-def pictures(doc):
+def images(doc):
     return [doc["image"].convert("RGB")]
 
 
@@ -56,7 +56,7 @@ def in_rounds(doc, lmms_eval_specific_kwargs=None, previous_output=None, round_i
         return "Round 1: " + doc["question"]
     notes = (previous_round_info or "") + str(round_idx)
     ends = round_idx >= 1 + doc["question_id"] % 3
-    visuals = pictures(doc) if round_idx == 1 else []
+    visuals = images(doc) if round_idx == 1 else []
     return visuals, f"After {notes}: {previous_output[-1]}?", ends, previous_output, notes
 
 
@@ -72,7 +72,7 @@ dataset_path: parquet
 dataset_kwargs:
   data_files: {{validation: {parquet}}}
 test_split: validation
-doc_to_visual: !function tiny_tasks.pictures
+doc_to_visual: !function tiny_tasks.images
 """
 GENERATED = """
 task: tiny_textvqa
@@ -116,14 +116,14 @@ def rows(assistant) -> list[dict]:
     """Seven questions of different lengths, some answered just as the model will, by some of ten people."""
     rows = []
     for number in range(7):
-        picture, question = make_picture(60 + 7 * number, 80, seed=number), "What is this" + " really" * (number % 3)
-        answer = assistant.answer([user_turn(question + SHORT, [picture])], max_new_tokens=32).text
-        found = likelihoods(assistant, [ask(question, picture)] * 4, OPTIONS)
+        image, question = make_image(60 + 7 * number, 80, seed=number), "What is this" + " really" * (number % 3)
+        answer = assistant.answer([user_turn(question + SHORT, [image])], max_new_tokens=32).text
+        found = likelihoods(assistant, [ask(question, image)] * 4, OPTIONS)
         best = min(range(4), key=lambda index: found[index].loss)
         agreed = 3 * number % 11
         rows.append(
             {
-                "image": picture,
+                "image": image,
                 "question": question,
                 "question_id": number,
                 "ocr_tokens": ["word"],
@@ -251,14 +251,14 @@ def _request(model, messages, gen_kwargs: dict):
     return Instance("generate_until", arguments, 0, {"task": "task", "doc_id": 0, "repeats": 1})
 
 
-def _said(text: str, *pictures) -> list[dict]:
-    content = [{"type": "image", "url": picture} for picture in pictures]
+def _said(text: str, *images) -> list[dict]:
+    content = [{"type": "image", "url": image} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def test_generation_options_are_followed(chat_model, assistant):
-    picture = make_picture(seed=1)
-    whole = assistant.answer([user_turn("What is this?", [picture])], max_new_tokens=8).text.strip()
+    image = make_image(seed=1)
+    whole = assistant.answer([user_turn("What is this?", [image])], max_new_tokens=8).text.strip()
     asked = [
         {"max_new_tokens": 8},
         {"max_new_tokens": 8, "temperature": 0, "top_p": 0.5, "num_beams": 1, "do_sample": False},
@@ -266,20 +266,20 @@ def test_generation_options_are_followed(chat_model, assistant):
         {"max_new_tokens": 3, "do_sample": False, "temperature": 0.7},
         {"max_new_tokens": 8, "temperature": 50.0, "do_sample": True},
     ]
-    requests = [_request(chat_model, _said("What is this?", picture), options) for options in asked]
+    requests = [_request(chat_model, _said("What is this?", image), options) for options in asked]
     first, same, cut, short, drawn = (result.text for result in chat_model.generate_until(requests))
     assert first == same == whole and cut == whole[: whole.index(whole[2])].strip()
-    assert short == assistant.answer([user_turn("What is this?", [picture])], max_new_tokens=3).text.strip()
+    assert short == assistant.answer([user_turn("What is this?", [image])], max_new_tokens=3).text.strip()
     assert drawn != whole
 
 
-def test_pictures_go_where_the_text_says(chat_model, assistant):
-    pictures = [make_picture(seed=1), make_picture(seed=2)]
+def test_images_go_where_the_text_says(chat_model, assistant):
+    images = [make_image(seed=1), make_image(seed=2)]
     text = "First <image> and then <image>: which?"
-    result = chat_model.generate_until([_request(chat_model, _said(text, *pictures), {"max_new_tokens": 8})])
-    assert result[0].text == assistant.answer([user_turn(text, pictures)], max_new_tokens=8).text.strip()
-    with pytest.raises(ConvLlavaError, match="says <image> 2 times and comes with 1 pictures"):
-        chat_model.generate_until([_request(chat_model, _said(text, pictures[0]), {"max_new_tokens": 8})])
+    result = chat_model.generate_until([_request(chat_model, _said(text, *images), {"max_new_tokens": 8})])
+    assert result[0].text == assistant.answer([user_turn(text, images)], max_new_tokens=8).text.strip()
+    with pytest.raises(ConvLlavaError, match="says <image> 2 times and comes with 1 images"):
+        chat_model.generate_until([_request(chat_model, _said(text, images[0]), {"max_new_tokens": 8})])
 
 
 def test_what_cannot_be_asked_is_refused(chat_model, checkpoint):

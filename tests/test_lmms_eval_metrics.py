@@ -4,7 +4,7 @@ import random
 from itertools import product
 
 import pytest
-from nasty import WRITTEN, answer_lists, box_texts, texts
+from adversarial_texts import WRITTEN, answer_lists, box_texts, texts
 
 from convllava_hf.evaluation import metrics
 
@@ -36,7 +36,7 @@ def test_textvqa_accuracy_is_that_of_textvqa():
     for prediction, answers in zip(TEXTS, answer_lists(TEXTS, 10), strict=True):
         ours = metrics.textvqa_accuracy(prediction, answers)
         assert ours == pytest.approx(theirs(prediction, answers), abs=1e-12), (prediction, answers)
-    # The two normalisations are not the same.
+    # The two normalizations are not the same.
     for prediction, answer, words_split in (("red blue", "red,blue", 0.0), ("1000 mile", "1,000-mile", 1.0)):
         assert metrics.textvqa_accuracy(prediction, [answer] * 10) == theirs(prediction, [answer] * 10) == words_split
         assert metrics.vqa_accuracy(prediction, [answer] * 10) == 1.0 - words_split
@@ -51,7 +51,7 @@ def test_contractions_are_the_official_ones():
     assert metrics.normalize_vqa("couldntve hed well shed") == "couldntve he'd well shed"
 
 
-def test_exact_match_is_equality_after_their_normalisation():
+def test_exact_match_is_equality_after_their_normalization():
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
 
     theirs = EvalAIAnswerProcessor()
@@ -262,11 +262,11 @@ def test_mme_scores_are_theirs():
     words = {True: ["Yes", "yes."], False: ["No", "no, it is not"], None: ["Perhaps", ""]}
     for _ in range(20):
         rows, theirs = [], {"mme_perception_score": [], "mme_cognition_score": []}
-        for category, picture in product(metrics.MME_PERCEPTION + metrics.MME_COGNITION, range(6)):
+        for category, image in product(metrics.MME_PERCEPTION + metrics.MME_COGNITION, range(6)):
             for answer in (True, False):
                 prediction = rng.choice([True, False, None])
-                rows.append(metrics.MmeRow(category, str(picture), prediction, answer))
-                document = {"category": category, "question_id": picture, "answer": "Yes" if answer else "No"}
+                rows.append(metrics.MmeRow(category, str(image), prediction, answer))
+                document = {"category": category, "question_id": image, "answer": "Yes" if answer else "No"}
                 for name, value in mme_process_results(document, [rng.choice(words[prediction])]).items():
                     theirs[name].append(value)
         ours = metrics.mme_scores(rows)

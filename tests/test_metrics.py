@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from nasty import box_texts, texts
+from adversarial_texts import box_texts, texts
 from PIL import Image
 
 from convllava_hf.errors import ConvLlavaError
@@ -238,8 +238,8 @@ def test_mme_scores_by_hand():
     assert "cognition" not in metrics.mme_scores(rows[:6])  # what was not asked has no score
     with pytest.raises(ConvLlavaError, match="'2' of MME's count has 1 answers, and two are expected"):
         metrics.mme_scores(rows[:3])
-    with pytest.raises(ConvLlavaError, match="MME has no category 'colour'"):
-        metrics.mme_scores([MmeRow("colour", "1", True, True)])
+    with pytest.raises(ConvLlavaError, match="MME has no category 'shade'"):
+        metrics.mme_scores([MmeRow("shade", "1", True, True)])
 
 
 @pytest.mark.parametrize(
@@ -275,11 +275,11 @@ def test_iou_is_that_of_torchvision():
 def test_padding_is_undone_as_the_image_processor_does_it(width, height):
     from convllava_hf.modeling.image_processing_convllava import _pad_to_square
 
-    picture = np.zeros((height, width, 3), np.uint8)
+    image = np.zeros((height, width, 3), np.uint8)
     top, left = height // 3, width // 4
     bottom, right = max(top + 1, 2 * height // 3), max(left + 1, 3 * width // 4)
-    picture[top:bottom, left:right] = 255
-    padded = np.asarray(_pad_to_square(Image.fromarray(picture), [0.0, 0.0, 0.0]))[..., 0] == 255
+    image[top:bottom, left:right] = 255
+    padded = np.asarray(_pad_to_square(Image.fromarray(image), [0.0, 0.0, 0.0]))[..., 0] == 255
     rows, columns = np.flatnonzero(padded.any(1)), np.flatnonzero(padded.any(0))
     side = max(width, height)
     seen = (columns[0] / side, rows[0] / side, (columns[-1] + 1) / side, (rows[-1] + 1) / side)

@@ -22,8 +22,8 @@ from convllava_hf.miniature.findings import (  # noqa: E402
     Claim,
     FindingsPlan,
     conclude,
-    find_out,
     open_findings,
+    run_ablations,
 )
 from convllava_hf.miniature.report import write_findings  # noqa: E402
 
@@ -89,7 +89,7 @@ def jobs_here():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("findings") / "run"
-    return folder, find_out(open_findings(folder, seed=4, plan=TINY))
+    return folder, run_ablations(open_findings(folder, seed=4, plan=TINY))
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_every_arm_trains_what_it_says(tiny):
         moved = [any(stage in key and not torch.equal(after[key], before[key]) for key in after) for stage in stages]
         first = {"frozen": 4, "from4": 3, "from3": 2, "from2": 1, "four": 2}[name]
         assert moved == [index >= first for index in range(arm.stages)]
-    five, four = (findings["arms"][name]["operations_per_picture"] for name in ("from3", "four"))
+    five, four = (findings["arms"][name]["operations_per_image"] for name in ("from3", "four"))
     assert five > 3.9 * four  # four times the pixels, and a stage more
 
 
@@ -133,10 +133,10 @@ def test_interrupted_findings_go_on(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(quickstart.Line, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            find_out(open_findings(tmp_path / "run", seed=4, plan=TINY))
+            run_ablations(open_findings(tmp_path / "run", seed=4, plan=TINY))
     with pytest.raises(ConvLlavaError, match="holds a run"):
         open_findings(tmp_path / "run", seed=5, plan=TINY)
-    resumed = find_out(open_findings(tmp_path / "run", seed=4, plan=TINY))
+    resumed = run_ablations(open_findings(tmp_path / "run", seed=4, plan=TINY))
     for name in ARMS:
         ours, theirs = (found["arms"][name]["runs"][0] for found in (resumed, findings))
         assert ours["accuracy"] == theirs["accuracy"] and ours["losses"] == theirs["losses"]

@@ -24,7 +24,7 @@ def arm(label, values, **more) -> dict:
         }
         for seed, value in enumerate(values)
     ]
-    fixed = {"resolution": 256, "stages": 5, "visual_tokens": 16, "operations_per_picture": 5.1e7}
+    fixed = {"resolution": 256, "stages": 5, "visual_tokens": 16, "operations_per_image": 5.1e7}
     return {"label": label, **fixed, "runs": runs, **more}
 
 
@@ -39,7 +39,7 @@ def findings() -> dict:
         "arms": {
             "frozen": arm("tower frozen", [0.6, 0.7, 0.5]),
             "updated": arm("tower | updated", [0.9, 0.8, 0.95]),
-            "low": arm("four stages", [0.3, 0.4, 0.2], resolution=128, stages=4, operations_per_picture=1.24e7),
+            "low": arm("four stages", [0.3, 0.4, 0.2], resolution=128, stages=4, operations_per_image=1.24e7),
         },
         "findings": [
             {
@@ -108,8 +108,8 @@ def test_findings_in_words(findings, tmp_path):
         assert part in " ".join(text.split())
     assert "```bash\nconvllava quickstart --findings\n```" in text
     assert max(len(line) for line in text.splitlines() if line[:1] not in "|!") <= 119
-    picture = Image.open(io.BytesIO((tmp_path / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes()))
-    assert picture.format == "PNG" and picture.width == 1690
+    image = Image.open(io.BytesIO((tmp_path / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes()))
+    assert image.format == "PNG" and image.width == 1690
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "findings.png"}
 
 

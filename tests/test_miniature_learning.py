@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.miniature import language  # noqa: E402
-from convllava_hf.miniature.labelled_pictures import labelled_picture  # noqa: E402
+from convllava_hf.miniature.labeled_images import labeled_image  # noqa: E402
 from convllava_hf.miniature.quickstart import Plan, open_run, quickstart  # noqa: E402
 from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
 
@@ -61,7 +61,7 @@ def test_a_model_learns_to_see(trained):
 def test_its_folder_is_for_the_other_commands(trained):
     folder, results = trained
     right = next(sample for sample in results["samples"] if sample["correct"])
-    command = ["ask", folder / "model", folder / right["picture"], right["question"]]
+    command = ["ask", folder / "model", folder / right["image"], right["question"]]
     answer = subprocess.run(
         [sys.executable, "-m", "convllava_hf", *command], capture_output=True, text=True, timeout=300
     )
@@ -79,17 +79,17 @@ def test_its_tower_sees_before_it_meets_a_language_model(trained):
     assert named > 0.5 and named > untrained + 0.3, (named, untrained)
 
 
-def probe(tower: transformers.ConvNextModel, pictures: int) -> float:
-    """How many places of unseen pictures with a thing at them a linear map of a tower's features names rightly."""
+def probe(tower: transformers.ConvNextModel, images: int) -> float:
+    """How many places of unseen images with a thing at them a linear map of a tower's features names rightly."""
     from sklearn.linear_model import RidgeClassifier
 
     rng = np.random.default_rng(99)
-    drawn = [labelled_picture(rng) for _ in range(pictures)]
+    drawn = [labeled_image(rng) for _ in range(images)]
     pixels, names = (np.stack([one[index] for one in drawn]) for index in (0, 1))
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         features = torch.cat([tower(part).last_hidden_state.permute(0, 2, 3, 1) for part in pixels.split(50)])
-    seen = pictures * 2 // 3
+    seen = images * 2 // 3
     is_thing = names < len(COLORS) * len(SHAPES)
     known, asked = features[:seen][is_thing[:seen]].numpy(), features[seen:][is_thing[seen:]].numpy()
     probed = RidgeClassifier().fit(known, names[:seen][is_thing[:seen]])
@@ -112,7 +112,7 @@ def asked_in_words(folder, scenes: int) -> dict[str, list[bool]]:
     token_of = lambda text: tokenizer.encode(text, add_special_tokens=False)[0]  # noqa: E731
     rng, right = np.random.default_rng(0), {}
     for scene in itertools.islice(World().scenes("test", 0), scenes):
-        cells = language.text_picture(scene)
+        cells = language.text_image(scene)
         first_words = " ".join(words[0] for words in cells)
         for question in language.questions(scene, rng):
             if question.kind == "grounding":  # which words do not tell

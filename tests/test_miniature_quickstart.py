@@ -45,7 +45,7 @@ def test_what_is_written(tiny):
     assert results["seed"] == 1 and results["model"]["visual_tokens"] == 16
     assert [step for step, _ in results["losses"]["stage 2"]] == [10]
     assert not list(folder.rglob("checkpoint-*")) and not list(folder.glob(".*"))
-    page = write_report(results, folder, ["convllava ask model picture"])
+    page = write_report(results, folder, ["convllava ask model image"])
     assert results["samples"][0]["question"] in page.read_text()
 
 

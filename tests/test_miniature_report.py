@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 
@@ -54,8 +54,8 @@ def results(tmp_path) -> dict:
     ]
     (tmp_path / "samples").mkdir()
     for index, one in enumerate(samples):
-        one = samples[index] = {**one, "picture": f"samples/{index:02d}.png"}
-        make_picture(256, 256, seed=index).save(tmp_path / one["picture"])
+        one = samples[index] = {**one, "image": f"samples/{index:02d}.png"}
+        make_image(256, 256, seed=index).save(tmp_path / one["image"])
     return {
         "seed": 5,
         "scenes": 600,
@@ -124,8 +124,8 @@ def section(root, heading: str):
 
 def page_of(results, folder, commands=()) -> ElementTree.Element:
     """The page as a tree, without the time that the figure takes."""
-    pictures = [(folder / one["picture"]).read_bytes() for one in results["samples"]]
-    return Page(report_page(results, pictures, commands)).root
+    images = [(folder / one["image"]).read_bytes() for one in results["samples"]]
+    return Page(report_page(results, images, commands)).root
 
 
 # The table
@@ -189,12 +189,12 @@ def test_page_shows_every_accuracy(results, tmp_path):
     )
 
 
-def test_page_embeds_the_pictures_in_their_order(results, tmp_path):
+def test_page_embeds_the_images_in_their_order(results, tmp_path):
     images = list(page_of(results, tmp_path).iter("img"))
     assert len(images) == len(results["samples"])
     for image, one in zip(images, results["samples"], strict=True):
         content = base64.b64decode(image.get("src").split(",")[1], validate=True)
-        assert content == (tmp_path / one["picture"]).read_bytes()
+        assert content == (tmp_path / one["image"]).read_bytes()
 
 
 def test_page_tells_what_was_answered(results, tmp_path):
@@ -221,7 +221,7 @@ def test_page_draws_the_boxes(results, tmp_path):
 
 
 def test_page_draws_the_losses_to_scale(results, tmp_path):
-    figures = section(page_of(results, tmp_path), "How it learnt").findall(".//figure")
+    figures = section(page_of(results, tmp_path), "How it learned").findall(".//figure")
     assert [words(figure.find("h3")).rstrip("0123456789. ") for figure in figures[:2]] == [
         "vision tower",
         "language model",
@@ -289,10 +289,10 @@ def test_unprintable_and_endless_answers(results, tmp_path):
     assert told == ["a b c [31m", "3", "(nothing)"]
     assert len(words(cards[1].find(".//dd"))) <= 120
     results["samples"][2].update(question="$x_{ 中", answer="$\\frac")  # no formula, and no glyph
-    pictures = [(tmp_path / one["picture"]).read_bytes() for one in results["samples"]]
+    images = [(tmp_path / one["image"]).read_bytes() for one in results["samples"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Image.open(io.BytesIO(report_figure(results, pictures))).width == 1690
+        assert Image.open(io.BytesIO(report_figure(results, images))).width == 1690
 
 
 def test_a_report_without_samples(results, tmp_path):
@@ -314,7 +314,7 @@ def test_curves_tell_what_is_not_finite_and_keep_the_last_of_a_step():
 
 def test_page_says_that_losses_were_not_finite(results, tmp_path):
     results["losses"]["language model"] += [[30, math.nan]]
-    figure = section(page_of(results, tmp_path), "How it learnt").findall(".//figure")[1]
+    figure = section(page_of(results, tmp_path), "How it learned").findall(".//figure")[1]
     assert "1 of its losses were not finite" in words(figure)
 
 
@@ -369,14 +369,14 @@ def test_amounts(value, text):
 
 
 def test_figure_shows_what_changes(results, tmp_path):
-    picture = (tmp_path / "samples/00.png").read_bytes()
+    image = (tmp_path / "samples/00.png").read_bytes()
 
     def drawn(results, samples):
         results = {**results, "samples": [BOXED] * samples}
-        return Image.open(io.BytesIO(report_figure(results, [picture] * samples))).convert("RGB")
+        return Image.open(io.BytesIO(report_figure(results, [image] * samples))).convert("RGB")
 
-    def oranges(picture):
-        return int((np.asarray(picture) == (194, 65, 12)).all(-1).sum())
+    def oranges(image):
+        return int((np.asarray(image) == (194, 65, 12)).all(-1).sum())
 
     before = drawn(results, 1)
     changed = copy.deepcopy(results)
@@ -389,10 +389,10 @@ def test_figure_shows_what_changes(results, tmp_path):
 @pytest.mark.parametrize("boxed", [True, False])
 def test_figure_says_which_box_is_which(results, tmp_path, monkeypatch, boxed):
     """Where there are boxes, be it below the first row alone."""
-    picture = (tmp_path / "samples/00.png").read_bytes()
+    image = (tmp_path / "samples/00.png").read_bytes()
     monkeypatch.setattr("convllava_hf.miniature.report_figure.png", lambda figure: figure)
     samples = [sample()] * 6 + [BOXED if boxed else sample()]
-    figure = report_figure({**results, "samples": samples}, [picture] * 7)
+    figure = report_figure({**results, "samples": samples}, [image] * 7)
     words = [text.get_text() for part in figure.subfigs for text in part.texts]
     assert words.count("What it saw and said") == 1
     assert words.count("solid: box answered, dashed: true box") == boxed
@@ -443,7 +443,7 @@ def test_a_failed_write_leaves_what_was_there(results, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
 
 
-def test_a_missing_picture_is_named(results, tmp_path):
+def test_a_missing_image_is_named(results, tmp_path):
     (tmp_path / "samples" / "02.png").unlink()
     with pytest.raises(ConvLlavaError, match=r"samples/02\.png cannot be read"):
         write_report(results, tmp_path)

@@ -15,14 +15,14 @@ import transformers
 pytest.importorskip("sklearn")
 datasets = pytest.importorskip("datasets")
 
-from miniature_sight import Seen, answer_of, digits, handwriting_in, print_in, see, see_sign, see_signs  # noqa: E402
+from miniature_sight import DetectedThing, answer_of, digits, handwriting_in, print_in, see, see_sign, see_signs  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from convllava_hf.data import load_training_data  # noqa: E402
-from convllava_hf.miniature import drawing, language, pretraining, samples  # noqa: E402
-from convllava_hf.miniature.labelled_pictures import NAMES, labelled_picture  # noqa: E402
-from convllava_hf.miniature.text_pictures import text_batches  # noqa: E402
+from convllava_hf.miniature import drawing, language, pretraining, scene_dataset  # noqa: E402
+from convllava_hf.miniature.labeled_images import NAMES, labeled_image  # noqa: E402
+from convllava_hf.miniature.text_images import text_batches  # noqa: E402
 from convllava_hf.miniature.tokenizer import make_tokenizer  # noqa: E402
 from convllava_hf.miniature.world import World  # noqa: E402
 
@@ -49,21 +49,21 @@ def test_stage_0_sees_the_training_split_alone(tokenizer, monkeypatch):
     rng = np.random.default_rng(0)
     before = len(splits)
     for _ in range(40):
-        labelled_picture(rng)
+        labeled_image(rng)
     assert set(splits) == {"train"} and before >= 2 and len(splits) > before + 4
 
 
-def test_pictures_show_at_each_place_what_it_is_named():
-    """The thing or sign that covers a place's centre and how far it reaches, by the pixels.
+def test_images_show_at_each_place_what_it_is_named():
+    """The thing or sign that covers a place's center and how far it reaches, by the pixels.
 
-    Not asked where an edge is next to the centre.
+    Not asked where an edge is next to the center.
     """
     rng, right, found = np.random.default_rng(1), [], Counter()
     for _ in range(80):
-        pixels, names, edges = labelled_picture(rng)
-        picture, places = Image.fromarray(pixels), len(names)
-        stride = picture.width // places
-        things, signs = see(picture), see_signs(picture)
+        pixels, names, edges = labeled_image(rng)
+        image, places = Image.fromarray(pixels), len(names)
+        stride = image.width // places
+        things, signs = see(image), see_signs(image)
         for row, column in itertools.product(range(places), repeat=2):
             x, y = (column + 0.5) * stride, (row + 0.5) * stride
             covering = [thing for thing in [*things, *signs] if covers(getattr(thing, "box", thing), x, y)]
@@ -72,10 +72,10 @@ def test_pictures_show_at_each_place_what_it_is_named():
             name = NAMES[names[row, column]]
             if not covering:
                 right.append(name == "ground")
-            elif isinstance(covering[0], Seen):
+            elif isinstance(covering[0], DetectedThing):
                 right.append(name == (covering[0].color, covering[0].shape))
             else:
-                read = (print_in(picture, covering[0]), digits().target[handwriting_in(picture, covering[0])])
+                read = (print_in(image, covering[0]), digits().target[handwriting_in(image, covering[0])])
                 right.append(name in read)
             if covering:
                 box = getattr(covering[0], "box", covering[0])
@@ -95,7 +95,7 @@ def covers(box, x: float, y: float, margin: float = 0) -> bool:
 def written(tmp_path_factory) -> Path:
     """A data set of 24 scenes on disk."""
     folder = tmp_path_factory.mktemp("data") / "stage"
-    return samples.write_samples(folder, World(), size=24, seed=3, mix=MIX)
+    return scene_dataset.write_samples(folder, World(), size=24, seed=3, mix=MIX)
 
 
 def said_in(row: dict) -> list[str]:
@@ -104,18 +104,18 @@ def said_in(row: dict) -> list[str]:
 
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_a_data_set_is_read_as_training_reads_it(written, tmp_path, form):
-    """Pictures pixel by pixel those of the scenes, and every answer what is seen in them."""
+    """Images pixel by pixel those of the scenes, and every answer what is seen in them."""
     if form == "parquet":
         datasets.load_from_disk(written).to_parquet(tmp_path / "stage.parquet")
     loaded = load_training_data(written if form == "folder" else tmp_path / "stage.parquet")
     assert len(loaded) == 24
     captions = 0
     for row, scene in zip(loaded, World().scenes("train", 3), strict=False):
-        (picture,) = row["images"]
-        picture = Image.open(io.BytesIO(picture["bytes"]))
-        assert picture.size == (256, 256) and picture.mode == "RGB"
-        assert np.array_equal(np.asarray(picture), np.asarray(drawing.draw(scene)))
-        things = [*see(picture), Seen("", "sign", see_sign(picture))]
+        (image,) = row["images"]
+        image = Image.open(io.BytesIO(image["bytes"]))
+        assert image.size == (256, 256) and image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), np.asarray(drawing.draw(scene)))
+        things = [*see(image), DetectedThing("", "sign", see_sign(image))]
         roles = [message["role"] for message in row["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         kinds = [part["type"] for message in row["messages"] for part in message["content"]]
@@ -133,13 +133,13 @@ def test_data_sets_by_seed_and_size(written, tmp_path):
     first, counts = load_training_data(written), []
     kwargs = {"mix": MIX, "on_scene": counts.append}
     for seed, same in ((4, False), (3, True), ([3, 1], False)):
-        samples.write_samples(tmp_path / "again", World(), size=24, seed=seed, **kwargs)
+        scene_dataset.write_samples(tmp_path / "again", World(), size=24, seed=seed, **kwargs)
         again = load_training_data(tmp_path / "again")
         assert (again["messages"][:] == first["messages"][:]) == same
         assert ([row[0]["bytes"] for row in again["images"]] == [row[0]["bytes"] for row in first["images"]]) == same
     assert counts == sorted(counts[:1] * 3) and counts[0] == 24
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
-    (row,) = samples.sample_rows(World(), size=1, seed=4, mix=language.Mix(1, 0, 0), side=128)
+    (row,) = scene_dataset.sample_rows(World(), size=1, seed=4, mix=language.Mix(1, 0, 0), side=128)
     assert Image.open(io.BytesIO(row["images"][0]["bytes"])).size == (128, 128) and len(row["messages"]) == 2
 
 
@@ -194,8 +194,8 @@ def test_stage_0_is_the_same_for_a_seed(stage_0, tmp_path):
         assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_pictures_stand_where_text_pictures_stood(assembled, tokenizer):
-    """What follows the picture is tokenized as in stage 0, a picture has as many tokens as a text one cells."""
+def test_images_stand_where_text_images_stood(assembled, tokenizer):
+    """What follows the image is tokenized as in stage 0, an image has as many tokens as a text one cells."""
     processor = transformers.AutoProcessor.from_pretrained(assembled)
     scene = next(World().scenes("train", 5))
     content = [{"type": "image", "image": drawing.draw(scene)}, {"type": "text", "text": "What does the sign say?"}]
@@ -203,7 +203,7 @@ def test_pictures_stand_where_text_pictures_stood(assembled, tokenizer):
     ids = processor.apply_chat_template(
         [{"role": "user", "content": content}, answer], tokenize=True, return_dict=True
     )["input_ids"][0]
-    first_words = " ".join(words[0] for words in language.text_picture(scene))
+    first_words = " ".join(words[0] for words in language.text_image(scene))
     asked = {"role": "user", "content": f"{first_words}\nWhat does the sign say?"}
     answered = {"role": "assistant", "content": str(scene.sign.digit)}
     told = tokenizer.apply_chat_template([asked, answered], tokenize=True, return_dict=True)["input_ids"]

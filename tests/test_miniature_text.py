@@ -12,10 +12,10 @@ import transformers
 
 pytest.importorskip("sklearn")
 
-from miniature_sight import Seen, answer_of  # noqa: E402
+from miniature_sight import DetectedThing, answer_of  # noqa: E402
 
 from convllava_hf.miniature import language  # noqa: E402
-from convllava_hf.miniature.text_pictures import text_batches, weighted_loss  # noqa: E402
+from convllava_hf.miniature.text_images import text_batches, weighted_loss  # noqa: E402
 from convllava_hf.miniature.tokenizer import make_tokenizer  # noqa: E402
 from convllava_hf.miniature.world import COLORS, SHAPES, World  # noqa: E402
 
@@ -33,7 +33,7 @@ def texts() -> list[str]:
     """Everything that can be said about 200 scenes that the tokenizer was not made from."""
     rng, said = np.random.default_rng(0), []
     for scene in itertools.islice(World().scenes("test", 7), 200):
-        said.append("".join(f" {word}" for words in language.text_picture(scene) for word in words))
+        said.append("".join(f" {word}" for words in language.text_image(scene) for word in words))
         for mix in (language.Mix(1, 0, 0), language.Mix(0, 1, 0), language.Mix(0, 0, 1), language.Mix(0, 0, 0)):
             for prompt, answer in language.conversation(scene, rng, mix):
                 said += [f" {prompt}", f" {answer}"]
@@ -58,7 +58,7 @@ def test_every_word_is_one_token(tokenizer, texts):
     assert_one_token_a_word(tokenizer, texts)
 
 
-def test_every_word_is_one_token_after_the_picture_too(tokenizer, texts):
+def test_every_word_is_one_token_after_the_image_too(tokenizer, texts):
     """The first question stands at the beginning of a line."""
     assert_one_token_a_word(tokenizer, [text.strip() for text in texts if text.endswith(("?", "."))])
 
@@ -88,7 +88,7 @@ def test_every_word_of_the_world_is_known(world):
 
 
 def parts_of(batch) -> list[list[tuple[list[int], list[int], list[float]]]]:
-    """Ids, labels and weights of each row's parts: the picture, and every question with its answer.
+    """Ids, labels and weights of each row's parts: the image, and every question with its answer.
 
     By the mask alone: a question begins where a position sees nothing of the one before it.
     """
@@ -97,7 +97,7 @@ def parts_of(batch) -> list[list[tuple[list[int], list[int], list[float]]]]:
         batch["input_ids"], batch["labels"], batch["weights"], batch["attention_mask"][:, 0], strict=True
     ):
         seen, length = mask == 0, int((ids != 0).sum())  # 0 is <pad>
-        first = next(place for place in range(length) if not seen[length - 1, place])  # the last sees but the picture
+        first = next(place for place in range(length) if not seen[length - 1, place])  # the last sees but the image
         starts = [0, first, *(place for place in range(first + 1, length) if not seen[place, place - 1])]
         ends = [*starts[1:], length]
         told = (ids.tolist(), labels.tolist(), weights.tolist())
@@ -111,18 +111,18 @@ def text_batch(tokenizer):
 
 
 def test_questions_about_text_are_tokenized_as_the_chat_template_does(tokenizer, text_batch):
-    """A picture with any of its questions is a conversation of one turn; what trains is what the assistant says."""
+    """An image with any of its questions is a conversation of one turn; what trains is what the assistant says."""
     number = 0
-    for picture, *asked in parts_of(text_batch):
-        assert set(picture[1]) == {-100}
+    for image, *asked in parts_of(text_batch):
+        assert set(image[1]) == {-100}
         for ids, labels, _ in asked:
-            whole = picture[0] + ids
+            whole = image[0] + ids
             ((prompt, answer),) = TURN.findall(tokenizer.decode(whole))
             told = tokenizer.apply_chat_template(
                 turn(prompt, answer), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
             assert whole == told["input_ids"]
-            masks = told["assistant_masks"][len(picture[0]) :]
+            masks = told["assistant_masks"][len(image[0]) :]
             assert labels == [token if said else -100 for token, said in zip(ids, masks, strict=True)]
             number += 1
     assert number > 32 * 5
@@ -155,15 +155,15 @@ def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
     losses, answers_weigh = [], []
     with torch.no_grad():
         told = zip(parts_of(text_batch)[:6], text_batch["beside"], text_batch["edges"], strict=False)
-        for (picture, *asked), beside, edges in told:
+        for (image, *asked), beside, edges in told:
             for ids, labels, weights in asked:
                 embed = model.get_input_embeddings()
-                embeddings = embed(torch.tensor([picture[0] + ids]))
-                embeddings[0, : len(picture[0])] += boxes(edges[: len(picture[0])])
+                embeddings = embed(torch.tensor([image[0] + ids]))
+                embeddings[0, : len(image[0])] += boxes(edges[: len(image[0])])
                 for place, token in enumerate(beside.tolist()):
                     if token >= 0:
                         embeddings[0, place] += embed.weight[token]
-                labels = torch.tensor([picture[1] + labels])
+                labels = torch.tensor([image[1] + labels])
                 losses.append(model(inputs_embeds=embeddings, labels=labels).loss.item())
                 answers_weigh.append(sum(weights))
         some = {name: values[:6] for name, values in text_batch.items()}
@@ -172,22 +172,22 @@ def test_questions_in_a_batch_are_answered_as_if_alone(tokenizer, text_batch):
 
 
 def test_text_batches_tell_what_is_asked(tokenizer):
-    """Every answer, by other code, from the text picture that comes first; no question twice."""
+    """Every answer, by other code, from the text image that comes first; no question twice."""
     captions, number = 0, 0
     batch = next(text_batches(tokenizer, World(), 0, 64))
-    for (picture, *asked), beside, edges in zip(parts_of(batch), batch["beside"], batch["edges"], strict=True):
-        first = re.fullmatch(r"<s>USER: (.*)\n", tokenizer.decode(picture[0]))[1].split(" ")
+    for (image, *asked), beside, edges in zip(parts_of(batch), batch["beside"], batch["edges"], strict=True):
+        first = re.fullmatch(r"<s>USER: (.*)\n", tokenizer.decode(image[0]))[1].split(" ")
         assert len(first) == 16
-        cells = slice(-16 - 1 + len(picture[0]), len(picture[0]) - 1)  # a line break ends the text picture
+        cells = slice(-16 - 1 + len(image[0]), len(image[0]) - 1)  # a line break ends the text image
         second = [tokenizer.decode(token).strip() if token >= 0 else "" for token in beside[cells].tolist()]
         there = [bool(word) for word in second]
         assert there == [word != "ground" for word in first] == edges[cells].any(1).tolist()
         assert (beside >= 0).sum() == edges.any(1).sum() == sum(there)  # nothing elsewhere
         told = zip(first, second, edges[cells], strict=True)
-        things = [Seen(*words, box_of(edges_of_cell)) for *words, edges_of_cell in told if words[1]]
+        things = [DetectedThing(*words, box_of(edges_of_cell)) for *words, edges_of_cell in told if words[1]]
         (sign,) = [thing for thing in things if thing.color == "sign"]
         things.remove(sign)
-        everything = [*things, Seen("", "sign", sign.box)]
+        everything = [*things, DetectedThing("", "sign", sign.box)]
         turns = [re.fullmatch(r"(.*) ASSISTANT: (.*)</s>", tokenizer.decode(ids)).groups() for ids, _, _ in asked]
         assert len(dict(turns)) == len(turns)
         for prompt, answer in turns:
@@ -205,6 +205,6 @@ def test_without_boxes_none_are_told_or_asked_for(tokenizer):
 
 
 def box_of(edges) -> tuple[float, ...]:
-    """Left, top, right and bottom from 0 to 1, by the longest of the waves alone: half of it is the picture's side."""
+    """Left, top, right and bottom from 0 to 1, by the longest of the waves alone: half of it is the image's side."""
     sines, cosines = edges.reshape(2, 4, -1)
     return tuple((torch.atan2(sines[:, 0], cosines[:, 0]) / math.pi).tolist())

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from fresh_process import run_fresh  # noqa: E402
-from miniature_sight import Seen, answer_of, digits, handwriting_in, place, print_in, see, see_sign  # noqa: E402
+from miniature_sight import DetectedThing, answer_of, digits, handwriting_in, place, print_in, see, see_sign  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
@@ -43,50 +43,50 @@ def asked() -> dict[str, list[tuple[Scene, language.Question]]]:
 
 @pytest.mark.parametrize("world, side", [(World(), 256), (World(), 128), (SMALL, 512)], ids=["256", "128", "small"])
 def test_what_is_drawn_is_what_the_scene_says(world, side):
-    """Colours, shapes and boxes read from the pixels; boxes to within a pixel, as their edges lie between pixels."""
+    """Colors, shapes and boxes read from the pixels; boxes to within a pixel, as their edges lie between pixels."""
     for scene in scenes(40, seed=1, world=world):
-        picture = drawing.draw(scene, side)
-        assert picture.size == (side, side) and picture.mode == "RGB"
-        seen = sorted(see(picture), key=lambda thing: (thing.color, thing.shape))
+        image = drawing.draw(scene, side)
+        assert image.size == (side, side) and image.mode == "RGB"
+        seen = sorted(see(image), key=lambda thing: (thing.color, thing.shape))
         things = sorted(scene.things, key=lambda thing: (thing.color, thing.shape))
         assert [(one.color, one.shape) for one in seen] == [(one.color, one.shape) for one in things]
-        boxes = [one.box for one in seen] + [see_sign(picture)]
+        boxes = [one.box for one in seen] + [see_sign(image)]
         expected = np.array([one.box for one in [*things, scene.sign]]) / 20 * side
         np.testing.assert_allclose(boxes, expected, atol=1)
         empty = np.ones((side, side), bool)
         for left, top, right, bottom in boxes:
             empty[top:bottom, left:right] = False
-        assert (np.asarray(picture)[empty] == scene.background).all()
+        assert (np.asarray(image)[empty] == scene.background).all()
 
 
 @pytest.mark.parametrize("world, side", [(World(), 256), (SMALL, 512)], ids=["256", "small"])
 def test_signs_say_their_digit(world, side):
     targets = digits().target
     for scene in scenes(60, seed=2, world=world):
-        picture = drawing.draw(scene, side)
+        image = drawing.draw(scene, side)
         if scene.sign.handwriting is None:
-            assert print_in(picture, see_sign(picture)) == scene.sign.digit
+            assert print_in(image, see_sign(image)) == scene.sign.digit
         else:
-            assert targets[handwriting_in(picture, see_sign(picture))] == scene.sign.digit
+            assert targets[handwriting_in(image, see_sign(image))] == scene.sign.digit
 
 
-def test_splits_show_the_handwriting_of_different_pictures():
-    """By the pixels, and by the pictures that signs are drawn from, which are all of scikit-learn's."""
+def test_splits_show_the_handwriting_of_different_images():
+    """By the pixels, and by the images that signs are drawn from, which are all of scikit-learn's."""
     shown = {}
     for split in ("train", "test"):
         signs = [scene for scene in scenes(150, split) if scene.sign.handwriting is not None]
-        pictures = [drawing.draw(scene) for scene in signs]
-        shown[split] = {handwriting_in(picture, see_sign(picture)) for picture in pictures}
+        images = [drawing.draw(scene) for scene in signs]
+        shown[split] = {handwriting_in(image, see_sign(image)) for image in images}
         assert len(shown[split]) > 40
     assert not shown["train"] & shown["test"]
     known = {split: [ink.tobytes() for digit in drawing.handwritten_digits(split) for ink in digit] for split in shown}
     assert not set(known["train"]) & set(known["test"])
     assert len(known["train"]) + len(known["test"]) == len(digits().images)
     for split in shown:
-        for digit, pictures in enumerate(drawing.handwritten_digits(split)):
-            assert len(pictures) > 20
+        for digit, images in enumerate(drawing.handwritten_digits(split)):
+            assert len(images) > 20
             originals = (digits().images[digits().target == digit] * 255 / 16).round()
-            assert {ink.tobytes() for ink in pictures} <= {ink.tobytes() for ink in originals.astype(np.uint8)}
+            assert {ink.tobytes() for ink in images} <= {ink.tobytes() for ink in originals.astype(np.uint8)}
 
 
 def test_scenes_are_as_promised():
@@ -163,16 +163,16 @@ def test_other_seeds_and_splits_give_other_scenes():
     assert scenes(50, "test", 2) == streams[-1]
 
 
-def test_answers_follow_from_the_picture():
+def test_answers_follow_from_the_image():
     """Everything that is asked and said, recomputed from pixels by other code."""
     rng, kinds = np.random.default_rng(0), Counter()
     for scene in scenes(150, "test", seed=3):
-        picture = drawing.draw(scene)
-        things = see(picture)
+        image = drawing.draw(scene)
+        things = see(image)
         for question in language.questions(scene, rng):
             kinds[question.kind] += 1
             assert answer_of(question.text, things, scene.sign.digit) == question.answer, question
-        everything = [*things, Seen("", "sign", see_sign(picture))]
+        everything = [*things, DetectedThing("", "sign", see_sign(image))]
         for mix in (language.Mix(1, 0, 0), language.Mix(0, 1, 0)):
             ((prompt, caption),) = language.conversation(scene, rng, mix)
             assert answer_of(prompt, everything, scene.sign.digit) == caption
@@ -181,7 +181,7 @@ def test_answers_follow_from_the_picture():
             row, column = place(thing.box, 256)
             words = ("sign", str(scene.sign.digit)) if thing.shape == "sign" else (thing.color, thing.shape)
             cells[4 * (row - 1) + column - 1] = words
-        assert language.text_picture(scene) == cells
+        assert language.text_image(scene) == cells
     assert min(kinds[kind] for kind in ("reading", "presence", "count", "grounding")) == 150
     assert min(kinds.values()) > 100
 
@@ -258,7 +258,7 @@ def test_no_constant_answer_is_right_often(asked, kind, classes):
 
 
 def test_answers_do_not_follow_from_how_much_there_is(asked):
-    """The number of things says nothing about presence, colour, shape or digit."""
+    """The number of things says nothing about presence, color, shape or digit."""
     for kind in ("reading", "color", "shape", "presence"):
         by_number = defaultdict(Counter)
         for scene, question in asked[kind]:
@@ -299,9 +299,9 @@ def test_half_of_what_is_absent_is_made_of_what_is_there(asked):
 
 
 def test_unknown_shapes_are_refused():
-    picture = Image.new("RGB", (64, 64))
+    image = Image.new("RGB", (64, 64))
     with pytest.raises(ValueError, match="no shape 'star'"):
-        drawing.draw_thing(picture, Thing("red", "star", (0, 0, 10, 10)), 3.2)
+        drawing.draw_thing(image, Thing("red", "star", (0, 0, 10, 10)), 3.2)
 
 
 def test_without_scikit_learn_the_remedy_is_named(monkeypatch):
@@ -313,9 +313,9 @@ def test_without_scikit_learn_the_remedy_is_named(monkeypatch):
 def test_signs_of_any_size_are_drawn_within_their_box():
     for size in (1, 2, 5, 20):
         for handwriting in (None, 3):
-            picture = Image.new("RGB", (100, 100), (90, 90, 91))
-            drawing.draw_sign(picture, Sign(8, (0, 0, size, size), handwriting), 5, "train")
-            changed = (np.asarray(picture) != (90, 90, 91)).any(-1)
+            image = Image.new("RGB", (100, 100), (90, 90, 91))
+            drawing.draw_sign(image, Sign(8, (0, 0, size, size), handwriting), 5, "train")
+            changed = (np.asarray(image) != (90, 90, 91)).any(-1)
             assert changed[: 5 * size, : 5 * size].all() and changed.sum() == (5 * size) ** 2
 
 

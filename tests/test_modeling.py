@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ask, make_config, make_model, make_picture
+from conftest import ask, make_config, make_image, make_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from convllava_hf import AutoModelForVision2Seq, ConvLlavaForConditionalGeneration, ConvLlavaModel
@@ -20,9 +20,9 @@ def inputs_for(processor, *conversations, **kwargs) -> dict:
 def inputs(processor):
     return inputs_for(
         processor,
-        ask("What is this?", make_picture(seed=1)),
-        ask("Compare them in a long sentence.", make_picture(seed=2), make_picture(seed=3)),
-        ask("No picture."),
+        ask("What is this?", make_image(seed=1)),
+        ask("Compare them in a long sentence.", make_image(seed=2), make_image(seed=3)),
+        ask("No image."),
     )
 
 
@@ -31,19 +31,19 @@ def last_logits(model, inputs) -> torch.Tensor:
         return model(**inputs, logits_to_keep=1).logits[:, 0]
 
 
-def test_pictures_are_seen(model, processor):
-    """A model that ignored its pictures would pass most tests below."""
+def test_images_are_seen(model, processor):
+    """A model that ignored its images would pass most tests below."""
     question = "What is this?"
-    first, second = (last_logits(model, inputs_for(processor, ask(question, make_picture(seed=s)))) for s in (1, 2))
+    first, second = (last_logits(model, inputs_for(processor, ask(question, make_image(seed=s)))) for s in (1, 2))
     assert (first - second).abs().max() > 0.1
 
 
 def test_a_batch_equals_one_at_a_time(model, processor, inputs):
     together = last_logits(model, inputs)
     chats = [
-        ask("What is this?", make_picture(seed=1)),
-        ask("Compare them in a long sentence.", make_picture(seed=2), make_picture(seed=3)),
-        ask("No picture."),
+        ask("What is this?", make_image(seed=1)),
+        ask("Compare them in a long sentence.", make_image(seed=2), make_image(seed=3)),
+        ask("No image."),
     ]
     alone = torch.cat([last_logits(model, inputs_for(processor, chat)) for chat in chats])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
@@ -89,9 +89,9 @@ def test_auto_classes_build_and_load_it(checkpoint, model):
 def test_base_model_takes_embeddings_and_returns_a_tuple(model, inputs):
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(inputs["input_ids"])
-        pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes", "attention_mask")}
+        images = {name: inputs[name] for name in ("pixel_values", "image_sizes", "attention_mask")}
         from_ids = model.model(**inputs).last_hidden_state
-        output = model.model(inputs_embeds=embeddings, **pictures, return_dict=False)
+        output = model.model(inputs_embeds=embeddings, **images, return_dict=False)
     assert isinstance(output, tuple)
     torch.testing.assert_close(output[0], from_ids, atol=0, rtol=0)
 
@@ -106,7 +106,7 @@ def test_ids_and_embeddings_exclude_each_other(model):
 @pytest.mark.parametrize(
     "text", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "granite", "cohere", "phi3", "olmo2", "smollm3"]
 )
-def test_without_pictures_it_is_its_language_model(text):
+def test_without_images_it_is_its_language_model(text):
     model = make_model(text=text)
     peer = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     weights = {f"model.{name}": tensor for name, tensor in model.language_model.state_dict().items()}
@@ -118,8 +118,8 @@ def test_without_pictures_it_is_its_language_model(text):
     torch.testing.assert_close(ours.loss, theirs.loss)
 
 
-def test_placeholders_that_do_not_match_the_pictures_are_refused(model):
-    with pytest.raises(ValueError, match="hold 3 picture placeholders.*have 4 visual tokens"):
+def test_placeholders_that_do_not_match_the_images_are_refused(model):
+    with pytest.raises(ValueError, match="hold 3 image placeholders.*have 4 visual tokens"):
         model(input_ids=torch.tensor([[1, 3, 3, 3, 9]]), pixel_values=torch.zeros(1, 3, 128, 128))
 
 
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_changes_no_gradient(inputs, frozen_tower):
         torch.testing.assert_close(checkpointed[name], gradient, msg=name)
 
 
-def test_a_training_batch_without_pictures_runs_the_tower_once_on_one_small_picture(monkeypatch):
+def test_a_training_batch_without_images_runs_the_tower_once_on_one_small_image(monkeypatch):
     model = make_model()
     seen = []
     forward = model.vision_tower.embeddings.forward
@@ -222,7 +222,7 @@ def test_half_precision_loads_and_answers_alike(checkpoint, model, inputs):
     assert torch.nn.functional.cosine_similarity(logits.float(), last_logits(model, inputs)).min() > 0.99
 
 
-def test_weights_are_initialised_as_the_parts_say():
+def test_weights_are_initialized_as_the_parts_say():
     config = make_config()
     config.vision_config.layer_scale_init_value = 1e-6
     torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_image
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 
@@ -17,10 +17,10 @@ def make_adapter(**kwargs):
 
 @pytest.fixture
 def batch(processor) -> dict:
-    """Two samples, one of them without a picture, with a loss on their last tokens."""
+    """Two samples, one of them without an image, with a loss on their last tokens."""
     inputs = processor(
         text=["<s>USER: <image>\nWhat is it? ASSISTANT: A sign.</s>", "<s>USER: Hello. ASSISTANT: Good day.</s>"],
-        images=[[make_picture()], []],
+        images=[[make_image()], []],
         padding=True,
         padding_side="right",
         return_tensors="pt",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ask, make_model, make_picture, make_processor, make_tokenizer
+from conftest import ask, make_image, make_model, make_processor, make_tokenizer
 from jinja2.exceptions import TemplateError
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
@@ -30,9 +30,9 @@ def part(kind, value=None) -> dict:
 
 
 @pytest.mark.parametrize("side, tokens", [(64, 1), (128, 4), (320, 25)])
-def test_each_picture_gets_a_placeholder_for_every_visual_token(side, tokens):
+def test_each_image_gets_a_placeholder_for_every_visual_token(side, tokens):
     processor = make_processor(side)
-    output = processor(images=make_picture(), text="Look: <image> there", return_tensors="pt")
+    output = processor(images=make_image(), text="Look: <image> there", return_tensors="pt")
     assert (output["input_ids"] == IMAGE).sum() == tokens
     model = make_model()
     assert len(model.get_image_features(output["pixel_values"], output["image_sizes"]).pooler_output[0]) == tokens
@@ -41,17 +41,17 @@ def test_each_picture_gets_a_placeholder_for_every_visual_token(side, tokens):
 
 
 def test_counts_follow_a_size_chosen_per_call(processor):
-    output = processor(images=[make_picture()] * 2, text="<image><image>", size=192, return_tensors="pt")
+    output = processor(images=[make_image()] * 2, text="<image><image>", size=192, return_tensors="pt")
     assert (output["input_ids"] == IMAGE).sum() == 18 and output["pixel_values"].shape == (2, 3, 192, 192)
     assert processor._get_num_multimodal_tokens(image_sizes=[(10, 20)], size=192).num_image_tokens == [9]
     nested = processor(
-        images=[make_picture()] * 2, text="<image><image>", images_kwargs={"size": 192}, return_tensors="pt"
+        images=[make_image()] * 2, text="<image><image>", images_kwargs={"size": 192}, return_tensors="pt"
     )
     assert (nested["input_ids"] == IMAGE).sum() == 18
 
 
-def test_pictures_of_different_sizes_get_different_counts(processor):
-    images = [make_picture(64, 64), make_picture(128, 128)]
+def test_images_of_different_sizes_get_different_counts(processor):
+    images = [make_image(64, 64), make_image(128, 128)]
     output = processor(images=images, text="<image> and <image>.", do_resize=False, return_tensors="pt")
     assert (output["input_ids"] == IMAGE).sum() == 1 + 4
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_template_is_vicunas(processor):
         ("Look at <image> now", "Look at <image> now"),
     ],
 )
-def test_pictures_stand_first_unless_between_texts(processor, content, expected):
+def test_images_stand_first_unless_between_texts(processor, content, expected):
     text = rendered(processor, [{"role": "user", "content": content}])
     assert text == f"<s>{SYSTEM} USER: {expected} "
 
@@ -102,18 +102,18 @@ def test_unknown_roles_are_refused(processor):
 
 
 @pytest.mark.parametrize("kind", ["video", "input_text"])
-def test_parts_that_are_neither_text_nor_picture_are_refused(processor, kind):
+def test_parts_that_are_neither_text_nor_image_are_refused(processor, kind):
     with pytest.raises(TemplateError, match=f"part is of type '{kind}'"):
         rendered(processor, [{"role": "user", "content": [{"type": kind}, part("text", "Q")]}])
 
 
 def test_template_and_processor_call_agree(processor):
-    chat = ask("What?", make_picture())
+    chat = ask("What?", make_image())
     tokenized = processor.apply_chat_template(
         chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
     text = rendered(processor, chat, add_generation_prompt=True)
-    called = processor(images=[make_picture()], text=text, add_special_tokens=False, return_tensors="pt")
+    called = processor(images=[make_image()], text=text, add_special_tokens=False, return_tensors="pt")
     assert tokenized.keys() == called.keys()
     for name in called:
         assert torch.equal(tokenized[name], called[name])
@@ -131,10 +131,10 @@ def beginning() -> ConvLlavaProcessor:
 
 
 def test_a_prompt_that_begins_with_the_beginning_of_a_sequence_gets_no_second_one(beginning):
-    picture = make_picture()
-    chat = ask("What?", picture)
+    image = make_image()
+    chat = ask("What?", image)
     one_step = beginning.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-    two_steps = beginning(images=picture, text=rendered(beginning, chat))["input_ids"]
+    two_steps = beginning(images=image, text=rendered(beginning, chat))["input_ids"]
     assert two_steps == [one_step[0] if isinstance(one_step[0], list) else one_step]
     plain = beginning(text="What?")["input_ids"][0]
     assert plain[0] == 1 and plain.count(1) == 1
@@ -142,7 +142,7 @@ def test_a_prompt_that_begins_with_the_beginning_of_a_sequence_gets_no_second_on
     assert beginning(text="<s>What?")["input_ids"] == [plain]
     assert beginning(text="What?", add_special_tokens=False)["input_ids"] == [plain[1:]]
     with pytest.raises(ValueError, match=f"Prompt 0 is {len(two_steps[0])} tokens long"):
-        beginning(images=picture, text=rendered(beginning, chat), truncation=True, max_length=9)
+        beginning(images=image, text=rendered(beginning, chat), truncation=True, max_length=9)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_prompts_with_and_without_the_beginning_of_a_sequence_in_one_batch(begin
     texts = ["What is on <image>", "Why?", "And here, what is on this sign?"]
     options = {
         **options,
-        "images": make_picture(),
+        "images": make_image(),
         "return_offsets_mapping": True,
         "return_special_tokens_mask": True,
         "return_mm_token_type_ids": True,
@@ -207,7 +207,7 @@ def test_threads_get_what_each_gets_alone(processor):
 )
 def test_copies_are_whole(processor, copied):
     again = copied(processor)
-    chat = ask("What?", make_picture())
+    chat = ask("What?", make_image())
     options = {"tokenize": True, "return_dict": True, "return_tensors": "np"}
     before, after = (each.apply_chat_template(chat, **options) for each in (processor, again))
     for name in before:
@@ -215,8 +215,8 @@ def test_copies_are_whole(processor, copied):
 
 
 def test_openai_parts_and_strings_are_understood(processor, tmp_path):
-    path = tmp_path / "picture.png"
-    make_picture().save(path)
+    path = tmp_path / "image.png"
+    make_image().save(path)
     ours = ask("What?", str(path))
     openai = [
         {
@@ -250,10 +250,10 @@ ANSWERS = ["A cat, black and white.", "Yes."]
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("pictures", [0, 1, 3])
-def test_assistant_masks_cover_the_answers_exactly(processor, pictures, padding_side):
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_assistant_masks_cover_the_answers_exactly(processor, images, padding_side):
     def conversation(question, count):
-        chat = ask(question, *[make_picture()] * count)
+        chat = ask(question, *[make_image()] * count)
         chat.append({"role": "assistant", "content": [part("text", ANSWERS[0])]})
         chat.append({"role": "user", "content": [part("text", "Really?")]})
         chat.append({"role": "assistant", "content": [part("text", ANSWERS[1])]})
@@ -263,7 +263,7 @@ def test_assistant_masks_cover_the_answers_exactly(processor, pictures, padding_
     if not transformers.__version__.startswith("4."):
         options = {"processor_kwargs": options}
     output = processor.apply_chat_template(
-        [conversation("What is this?", pictures), conversation("Short?", 0)],
+        [conversation("What is this?", images), conversation("Short?", 0)],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -278,7 +278,7 @@ def test_assistant_masks_cover_the_answers_exactly(processor, pictures, padding_
 
 def test_modality_of_every_token(processor):
     output = processor(
-        images=[make_picture()] * 2,
+        images=[make_image()] * 2,
         text=["<image> a <image>", "text"],
         padding=True,
         return_mm_token_type_ids=True,
@@ -292,7 +292,7 @@ def test_modality_of_every_token(processor):
 def test_replacements_tell_what_went_where(processor):
     text = "a <image> b <image>"
     output = processor(
-        images=[make_picture()] * 2,
+        images=[make_image()] * 2,
         text=text,
         return_text_replacement_offsets=True,
         return_offsets_mapping=True,
@@ -312,14 +312,14 @@ def test_replacements_tell_what_went_where(processor):
 
 def test_offsets_refer_to_the_text_as_passed(processor):
     text = "a <image> b"
-    output = processor(images=[make_picture()], text=text, return_offsets_mapping=True, add_special_tokens=False)
+    output = processor(images=[make_image()], text=text, return_offsets_mapping=True, add_special_tokens=False)
     pieces = [text[slice(*offsets)] for offsets in output["offset_mapping"][0]]
     assert "".join(pieces).replace("<image>" * 4, "<image>") == text and pieces.count("<image>") == 4
 
 
-def test_suffix_goes_between_a_picture_and_ordinary_text_alone():
+def test_suffix_goes_between_an_image_and_ordinary_text_alone():
     processor = make_processor(64, image_suffix="~")
-    images = [make_picture()] * 5
+    images = [make_image()] * 5
     expanded, _ = processor.get_text_with_replacements(
         ["<image>a<image><image></s>b<image>\n<image>"], ["<image>"] * 5
     )
@@ -339,10 +339,10 @@ def test_suffix_is_not_repeated_where_the_template_wrote_it():
     assert expanded == "<image>~a<image>~b"
 
 
-def test_truncation_cuts_text_and_never_a_picture(processor):
-    text = "<image> is a picture that is followed by many words"
-    whole = processor(images=make_picture(), text=text)["input_ids"][0]
-    options = {"images": make_picture(), "text": text, "truncation": True}
+def test_truncation_cuts_text_and_never_an_image(processor):
+    text = "<image> is an image that is followed by many words"
+    whole = processor(images=make_image(), text=text)["input_ids"][0]
+    options = {"images": make_image(), "text": text, "truncation": True}
     cut = processor(**options, max_length=10)["input_ids"][0]
     assert cut == whole[:10] and cut.count(IMAGE) == 4
     message = f"Prompt 0 is {len(whole)} tokens long, 4 of them visual tokens, and truncation to 3 tokens .* only"
@@ -353,22 +353,22 @@ def test_truncation_cuts_text_and_never_a_picture(processor):
 @pytest.mark.parametrize(
     "text, images, message",
     [
-        ("no place", 1, "0 <image> but 1 pictures"),
-        ("<image>", 0, "1 <image> but 0 pictures"),
-        ("<image><image>", 1, "2 <image> but 1 pictures"),
-        (["<image>", "<image>"], 3, "2 <image> but 3 pictures"),
+        ("no place", 1, "0 <image> but 1 images"),
+        ("<image>", 0, "1 <image> but 0 images"),
+        ("<image><image>", 1, "2 <image> but 1 images"),
+        (["<image>", "<image>"], 3, "2 <image> but 3 images"),
     ],
 )
-def test_numbers_of_pictures_and_places_must_agree(processor, text, images, message):
+def test_numbers_of_images_and_places_must_agree(processor, text, images, message):
     with pytest.raises(ValueError, match=message):
-        processor(text=text, images=[make_picture()] * images or None)
+        processor(text=text, images=[make_image()] * images or None)
 
 
 def test_numbers_must_agree_for_every_prompt(processor):
-    picture = make_picture()
-    with pytest.raises(ValueError, match="Prompt 0 has 2 <image> but 1 pictures"):
-        processor(text=["<image><image>", "<image>"], images=[[picture], [picture, picture]])
-    processor(text=["<image><image>", "text"], images=[[picture, picture], []])
+    image = make_image()
+    with pytest.raises(ValueError, match="Prompt 0 has 2 <image> but 1 images"):
+        processor(text=["<image><image>", "<image>"], images=[[image], [image, image]])
+    processor(text=["<image><image>", "text"], images=[[image, image], []])
 
 
 def test_other_nonsense_is_refused(processor):
@@ -384,12 +384,12 @@ def test_other_nonsense_is_refused(processor):
 
 
 def test_a_tokenizer_without_the_placeholder_is_refused():
-    with pytest.raises(ValueError, match="does not know '<picture>'.*add_special_tokens"):
-        ConvLlavaProcessor(ConvLlavaImageProcessor(), make_tokenizer(), image_token="<picture>")
+    with pytest.raises(ValueError, match="does not know '<photo>'.*add_special_tokens"):
+        ConvLlavaProcessor(ConvLlavaImageProcessor(), make_tokenizer(), image_token="<photo>")
 
 
-def test_pictures_alone_and_text_alone(processor):
-    assert set(processor(images=make_picture(), return_tensors="pt")) == {"pixel_values", "image_sizes"}
+def test_images_alone_and_text_alone(processor):
+    assert set(processor(images=make_image(), return_tensors="pt")) == {"pixel_values", "image_sizes"}
     assert set(processor(text="x", return_tensors="pt")) == {"input_ids", "attention_mask"}
     assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
 
@@ -399,7 +399,7 @@ def test_survives_saving(processor, tmp_path):
     suffixed.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is ConvLlavaProcessor and again.tokenizer.padding_side == "left"
-    chat = ask("What?", make_picture())
+    chat = ask("What?", make_image())
     options = {"tokenize": True, "return_dict": True, "return_tensors": "np"}
     before, after = (each.apply_chat_template(chat, **options) for each in (suffixed, again))
     for name in before:
@@ -409,7 +409,7 @@ def test_survives_saving(processor, tmp_path):
 def test_placeholders_typed_by_a_user_can_be_made_harmless(processor):
     if not hasattr(type(processor.tokenizer), "_mark_chat_inputs"):
         pytest.skip("this transformers cannot sanitize control tokens")
-    chat = ask("I type <image> and </s>.", make_picture())
+    chat = ask("I type <image> and </s>.", make_image())
     output = processor.apply_chat_template(chat, tokenize=True, return_dict=True, sanitize_control_tokens=True)
     ids = output["input_ids"][0]
     assert ids.count(IMAGE) == 4 and ids.count(2) == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ask, make_picture
+from conftest import ask, make_image
 
 from convllava_hf import ConvLlavaProcessor
 
@@ -22,8 +22,8 @@ class WithTensors(ConvLlavaProcessor):
         return output
 
 
-def conversation(pictures: int, answers: list[str]) -> list[dict]:
-    chat = ask("What is this?", *[make_picture(seed=index) for index in range(pictures)])
+def conversation(images: int, answers: list[str]) -> list[dict]:
+    chat = ask("What is this?", *[make_image(seed=index) for index in range(images)])
     for answer in answers:
         chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         chat.append({"role": "user", "content": [{"type": "text", "text": "Really?"}]})
@@ -47,7 +47,7 @@ def batch_of(processor, conversations: list, **kwargs) -> dict:
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0), (2, 1)], ids=str)
 def test_assistant_masks_are_those_that_tensors_gave(processor, counts, padding_side):
-    """And they cover the answers, with pictures in other turns and texts of other lengths beside them."""
+    """And they cover the answers, with images in other turns and texts of other lengths beside them."""
     before = WithTensors(processor.image_processor, processor.tokenizer, processor.chat_template)
     chats = [conversation(count, ANSWERS[index:]) for index, count in enumerate(counts)]
     ours, theirs = (batch_of(one, chats, padding_side=padding_side) for one in (processor, before))
@@ -73,7 +73,7 @@ def test_assistant_masks_of_texts_that_are_cut(processor, truncation):
 
 def outputs(processor, **kwargs):
     return processor(
-        images=[make_picture()] * 2,
+        images=[make_image()] * 2,
         text=["a <image> b <image>", "short"],
         padding=True,
         return_offsets_mapping=True,
@@ -104,7 +104,7 @@ def test_offsets_beside_replacements_refer_to_the_text_after(processor):
 
 def test_nothing_is_left_out_or_added(processor):
     names = {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
-    options = {"images": make_picture(), "text": "<image>", "return_tensors": "pt"}
+    options = {"images": make_image(), "text": "<image>", "return_tensors": "pt"}
     assert set(processor(**options)) == names
     output = processor(**options, return_text_replacement_offsets=True)
     assert set(output) == names | {"text_replacement_offsets"}

@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.publish import About, read_about, read_results
 from convllava_hf.publish.card import CardInput, check_card, render_card
-from convllava_hf.publish.checks import Shown
-from convllava_hf.publish.files import stage
-from convllava_hf.record import portable_name, read_record, write_record
+from convllava_hf.publish.preflight import WidgetExample
+from convllava_hf.publish.staging import stage
+from convllava_hf.training_record import portable_name, read_record, write_record
 
 
 REPO = "user/tiny"
@@ -98,7 +98,7 @@ def test_the_models_own_figures(staged, model):
         ),
     ],
 )
-def test_the_card_says_how_pictures_are_seen(checkpoint, tmp_path, kwargs, head, said):
+def test_the_card_says_how_images_are_seen(checkpoint, tmp_path, kwargs, head, said):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     make_processor(**kwargs).save_pretrained(folder)
     (tmp_path / "staged").mkdir()
@@ -109,11 +109,11 @@ def test_the_card_says_how_pictures_are_seen(checkpoint, tmp_path, kwargs, head,
     assert "| `large`: 2,359,296 pixels | up to 576 |  |" in seen
     assert seen.count("this model's") == (0 if "image_aspect_ratio" in kwargs else 1)
     assert ("| `small`: 589,824 pixels | up to 144 | this model's |" in seen) is ("preset" in kwargs)
-    assert ("long or wide pictures lose most" in card) is (not kwargs)
+    assert ("long or wide images lose most" in card) is (not kwargs)
     assert "\n\n\n" not in card.split("## Intended use")[1].split("## ")[0]
 
 
-@pytest.mark.parametrize("preset, frame", [(None, "the padded square: its side"), ("small", "the picture, not of a")])
+@pytest.mark.parametrize("preset, frame", [(None, "the padded square: its side"), ("small", "the image, not of a")])
 @pytest.mark.parametrize("boxes, entries", [(None, []), ("square", []), ("image", []), ("image", ["square", "image"])])
 def test_the_card_says_what_boxes_are_fractions_of(preset, frame, boxes, entries, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
@@ -128,7 +128,7 @@ def test_the_card_says_what_boxes_are_fractions_of(preset, frame, boxes, entries
     own = "square" if preset is None else "image"
     told = set(entries) or {boxes} - {None}
     assert ("Training rewrote the boxes" in seen) is bool(told - {own})
-    assert ("fractions of the padded square or of the picture" in seen) is (told == {"square", "image"})
+    assert ("fractions of the padded square or of the image" in seen) is (told == {"square", "image"})
 
 
 def test_results_become_a_table_and_a_model_index(staged, tmp_path):
@@ -213,8 +213,8 @@ def test_a_damaged_record_counts_as_none(tmp_path, content):
 
 def test_examples_are_in_the_page_and_the_widget(staged):
     (staged.folder / "examples").mkdir()
-    (staged.folder / "examples" / "example-1.jpg").write_bytes(b"picture")
-    shown = [Shown("What is *it*?", "examples/example-1.jpg")]
+    (staged.folder / "examples" / "example-1.jpg").write_bytes(b"image")
+    shown = [WidgetExample("What is *it*?", "examples/example-1.jpg")]
     answer = "A <b>sign</b>.\n---\n# No heading\x07"
     card = render(staged, examples=shown, answers=[answer])
     assert metadata(card)["widget"] == [
@@ -295,8 +295,8 @@ def test_what_the_publisher_tells(staged, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "needs a licence"),
-        ({"license": "vicuna"}, "does not know the licence"),
+        ({}, "needs a license"),
+        ({"license": "vicuna"}, "does not know the license"),
         ({"license": "other"}, "license_name"),
         ({"license": "mit", "language": ["english"]}, "ISO 639"),
         ({"license": "mit", "base_model": ["./here"]}, "owner/name"),

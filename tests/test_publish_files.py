@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.modeling.modeling_convllava import AUTO_MAP
-from convllava_hf.publish.checks import check_files
-from convllava_hf.publish.files import INDEX, stage
+from convllava_hf.publish.preflight import check_files
+from convllava_hf.publish.staging import INDEX, stage
 
 
 BASE = "user/base"
@@ -152,10 +152,10 @@ def test_weights_that_are_cut_off_are_refused(model_folder, tmp_path):
 
 
 def test_files_beyond_the_hubs_limits_are_refused(model_folder, tmp_path, monkeypatch):
-    from convllava_hf.publish import checks
+    from convllava_hf.publish import preflight
 
-    monkeypatch.setattr(checks, "MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(checks, "MAX_FILES", 5)
+    monkeypatch.setattr(preflight, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(preflight, "MAX_FILES", 5)
     with pytest.raises(ConvLlavaError, match="larger shards make fewer.*model.safetensors has"):
         check_files(staged_in(tmp_path, model_folder))
 

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ask, make_picture
+from conftest import ask, make_image
 from fresh_process import ANSWERS, fresh_environment, run_fresh
 from hostile import Hostile, own_code, tokenizer
 from PIL import Image
@@ -21,7 +21,7 @@ from publishing import own_hub
 
 from convllava_hf import cli
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.publish import About, checks, push
+from convllava_hf.publish import About, preflight, push
 
 
 pytestmark = pytest.mark.slow
@@ -57,23 +57,23 @@ def unasked(monkeypatch):
     """The model is not loaded for the check: for tests of what happens around it."""
     module = sys.modules["convllava_hf.publish.push"]
     monkeypatch.setattr(
-        module, "ask_as_a_stranger", lambda staged, shown, token=None, trust=False: ["A sign."] * max(1, len(shown))
+        module, "run_smoke_test", lambda staged, shown, token=None, trust=False: ["A sign."] * max(1, len(shown))
     )
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "my-holiday.jpg"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "my-holiday.jpg"
     exif = Image.Exif()
     exif[0x010E] = "taken at home"
-    make_picture(seed=3).save(path, exif=exif)
+    make_image(seed=3).save(path, exif=exif)
     return path
 
 
 @pytest.fixture(scope="module")
-def expected(model, processor, picture):
+def expected(model, processor, image):
     inputs = processor.apply_chat_template(
-        ask(QUESTION, str(picture)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ask(QUESTION, str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
@@ -85,13 +85,13 @@ def fresh_hub_environment(hub) -> dict:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_is_pushed_is_loaded_by_id_without_the_package(
-    hub, command, checkpoint, picture, expected, tmp_path, python
+    hub, command, checkpoint, image, expected, tmp_path, python
 ):
     results = tmp_path / "textvqa.json"
     results.write_text(json.dumps({"benchmark": "TextVQA", "metric": "accuracy", "score": 1.5, "dataset": "a/b"}))
-    arguments = (checkpoint, REPO, "--license", "mit", "--results", results, "--example", picture, QUESTION)
+    arguments = (checkpoint, REPO, "--license", "mit", "--results", results, "--example", image, QUESTION)
     code, out, _ = command(*arguments)
-    # Beside the checkpoint's own: README.md, handler.py, requirements.txt and the picture.
+    # Beside the checkpoint's own: README.md, handler.py, requirements.txt and the image.
     assert code == 0 and f"Published {len(list(checkpoint.iterdir())) + 4} files" in out, out
     files = hub.files(REPO)
     assert hub.titles(REPO) == [f"Publish {checkpoint.name} (convllava push)", "initial commit"]
@@ -105,7 +105,7 @@ def test_what_is_pushed_is_loaded_by_id_without_the_package(
         ANSWERS + "result = answers('user/tiny', [values['name'], 'AutoModel'], trust_remote_code=True)",
         env=fresh_hub_environment(hub),
         python=python,
-        picture=picture,
+        image=image,
         question=QUESTION,
         name=NAME,
     )
@@ -115,20 +115,20 @@ def test_what_is_pushed_is_loaded_by_id_without_the_package(
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_cards_own_code_runs(hub, checkpoint, picture, tmp_path, python):
+def test_the_cards_own_code_runs(hub, checkpoint, image, tmp_path, python):
     card = push(checkpoint, REPO, about=MIT).card
     blocks = re.findall(r"```python\n(.*?)```", card, re.S)
     script = "import os, contextlib, io\nresult = []\nos.chdir(values['folder'])\n"
     for number in range(len(blocks)):
         script += f"with contextlib.redirect_stdout(io.StringIO()) as out:\n    exec(values['block{number}'], {{}})\n"
         script += "result.append(out.getvalue())\n"
-    shutil.copy(picture, tmp_path / "photo.jpg")
+    shutil.copy(image, tmp_path / "photo.jpg")
     values = {f"block{number}": block.replace("200", "8") for number, block in enumerate(blocks)}
     printed = run_fresh(script, env=fresh_hub_environment(hub), python=python, folder=tmp_path, **values)
     assert len(printed) == 2 and all(text.strip() for text in printed)
 
 
-def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, picture, tmp_path, processor, expected):
+def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, image, tmp_path, processor, expected):
     peft = pytest.importorskip("peft")
     import torch
     from transformers import AutoModelForImageTextToText
@@ -152,23 +152,23 @@ def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, picture, tmp
     processor.save_pretrained(folder)
     with pytest.raises(ConvLlavaError, match="--base-model"):
         push(folder, REPO, about=MIT)
-    pushed = push(folder, REPO, about=MIT, base_model="user/base", examples=[(picture, QUESTION)])
+    pushed = push(folder, REPO, about=MIT, base_model="user/base", examples=[(image, QUESTION)])
     assert "adapter_model.safetensors" in pushed.files and "model.safetensors" not in pushed.files
     assert not (tmp_path / "RAN").exists()  # the base model's repository is not ours
     inputs = processor.apply_chat_template(
-        ask(QUESTION, str(picture)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ask(QUESTION, str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = adapted.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     assert ids != expected
     code = re.search(r"```python\n(.*?)```", pushed.card, re.S)[1]
-    shutil.copy(picture, tmp_path / "photo.jpg")
+    shutil.copy(image, tmp_path / "photo.jpg")
     found = run_fresh(
         "import os\nos.chdir(values['folder'])\nspace = {}\nexec(values['code'], space)\n"
         "result = space['output'][0, space['inputs']['input_ids'].shape[1] :].tolist()",
         env=fresh_hub_environment(hub),
         folder=tmp_path,
         code=code.replace("max_new_tokens=200", "max_new_tokens=16, do_sample=False").replace(
-            "What is in the picture?", QUESTION
+            "What is in the image?", QUESTION
         ),
     )
     assert found == ids
@@ -177,14 +177,14 @@ def test_a_lora_adapter_is_pushed_and_loaded_by_id(hub, checkpoint, picture, tmp
     for name, content in hub.files(REPO).items():
         (published / name).parent.mkdir(exist_ok=True)
         (published / name).write_bytes(content)
-    image = base64.b64encode(picture.read_bytes()).decode()
+    encoded = base64.b64encode(image.read_bytes()).decode()
     answer = run_fresh(
         "sys.path.append(values['tests'])\nfrom handler_loading import load_handler\n"
         "result = load_handler(values['folder'])(values['request'])",
         env=fresh_hub_environment(hub),
         folder=published,
         tests=Path(__file__).parent,
-        request={"inputs": {"image": image, "question": QUESTION}, "parameters": {"max_new_tokens": 16}},
+        request={"inputs": {"image": encoded, "question": QUESTION}, "parameters": {"max_new_tokens": 16}},
     )
     assert answer.get("generated_text") == processor.decode(ids, skip_special_tokens=True), answer
 
@@ -269,16 +269,16 @@ def _drop_weight(folder):
 
 def test_the_stranger_has_no_token_and_no_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    environment = checks._stranger_environment(tmp_path, online=False, token="hf_secret")
+    environment = preflight._smoke_test_environment(tmp_path, online=False, token="hf_secret")
     assert "hf_secret" not in environment.values() and environment["HF_HUB_OFFLINE"] == "1"
-    assert checks._stranger_environment(tmp_path, online=True, token="hf_secret")["HF_TOKEN"] == "hf_secret"
+    assert preflight._smoke_test_environment(tmp_path, online=True, token="hf_secret")["HF_TOKEN"] == "hf_secret"
 
 
-def test_a_dry_run_shows_everything_and_asks_the_hub_nothing(hub, command, checkpoint, picture, monkeypatch):
+def test_a_dry_run_shows_everything_and_asks_the_hub_nothing(hub, command, checkpoint, image, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     asked = []
     hub.fault = lambda method, path: asked.append(path)
-    code, out, _ = command(checkpoint, REPO, "--license", "mit", "--dry-run", "--example", picture, QUESTION)
+    code, out, _ = command(checkpoint, REPO, "--license", "mit", "--dry-run", "--example", image, QUESTION)
     assert code == 0 and not asked and REPO not in hub.commits
     assert re.search(r"[\d.]+ kB  model.safetensors", out) and "pipeline_tag: image-text-to-text" in out
     assert f"**{QUESTION}**" in out
@@ -287,7 +287,7 @@ def test_a_dry_run_shows_everything_and_asks_the_hub_nothing(hub, command, check
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "needs a licence"),
+        ((), "needs a license"),
         (("--license", "mit", "--token", "hf_typed"), "environment or login"),
         (("--license", "mit", "--create-pr", "--revision", "v2"), "leave out"),
         (("--license", "mit", "--results", "missing.json"), "missing.json"),
@@ -307,7 +307,7 @@ def test_without_a_token_nothing_is_loaded(hub, command, checkpoint, monkeypatch
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     module = sys.modules["convllava_hf.publish.push"]
-    monkeypatch.setattr(module, "ask_as_a_stranger", lambda *_: pytest.fail("The model was loaded"))
+    monkeypatch.setattr(module, "run_smoke_test", lambda *_: pytest.fail("The model was loaded"))
     code, _, err = command(checkpoint, REPO, "--license", "mit")
     assert code == 2 and "hf auth login" in err and REPO not in hub.commits
 

@@ -6,8 +6,8 @@ import pytest
 from publishing import own_hub
 
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.publish.files import LOADED
-from convllava_hf.publish.upload import Publisher, Target, check_target, find_token
+from convllava_hf.publish.hub_upload import Publisher, Target, check_target, find_token
+from convllava_hf.publish.staging import LOADED
 
 
 REPO = "user/model"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_image
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from convllava_hf.modeling.modeling_convllava import _with_skip_list
@@ -16,7 +16,7 @@ KEPT = ("model.vision_tower.", "model.multi_modal_projector.", "lm_head")
 @pytest.fixture(scope="module")
 def inputs(processor):
     text = "<s>USER: <image>\nWhat is on the sign? ASSISTANT:"
-    return processor(text=text, images=make_picture(), return_tensors="pt")
+    return processor(text=text, images=make_image(), return_tensors="pt")
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +103,10 @@ def test_the_language_models_layers_are_quantized_and_nothing_else(quantized):
 def test_tower_and_projector_give_exactly_the_same(quantized, wide_checkpoint, inputs, processor):
     model = quantized[1]
     plain = AutoModelForImageTextToText.from_pretrained(wide_checkpoint)
-    pictures = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
-    images = [make_picture(200, 60), make_picture(70, 250)]
+    square = {"pixel_values": inputs["pixel_values"], "image_sizes": inputs["image_sizes"]}
+    images = [make_image(200, 60), make_image(70, 250)]
     native = processor.image_processor(images, image_aspect_ratio="native", return_tensors="pt")
-    for seen in (pictures, native):
+    for seen in (square, native):
         with torch.no_grad():
             found = model.get_image_features(**seen).pooler_output
             expected = plain.get_image_features(**seen).pooler_output
@@ -114,17 +114,17 @@ def test_tower_and_projector_give_exactly_the_same(quantized, wide_checkpoint, i
             torch.testing.assert_close(ours, theirs)
 
 
-def test_native_pictures_of_a_batch_are_answered_as_each_alone(quantized, processor):
+def test_native_images_of_a_batch_are_answered_as_each_alone(quantized, processor):
     """bitsandbytes multiplies by another kernel for another number of tokens; torchao does not."""
     name, model, _, _ = quantized
     texts = ["<s>USER: <image>\nWhat? ASSISTANT:", "<s>USER: Is <image> like <image>? ASSISTANT:"]
-    images = [[make_picture(200, 60)], [make_picture(70, 250), make_picture(30, 30)]]
+    images = [[make_image(200, 60)], [make_image(70, 250), make_image(30, 30)]]
     options = {"image_aspect_ratio": "native", "max_pixels": 6 * 64**2, "padding": True, "return_tensors": "pt"}
     together = processor(text=texts, images=images, **options)
     with torch.no_grad():
         logits = model(**together).logits
-        for row, mask, text, pictures in zip(logits, together["attention_mask"].bool(), texts, images, strict=True):
-            expected = model(**processor(text=text, images=pictures, **options)).logits[0]
+        for row, mask, text, own in zip(logits, together["attention_mask"].bool(), texts, images, strict=True):
+            expected = model(**processor(text=text, images=own, **options)).logits[0]
             error = (row[mask] - expected).pow(2).mean().sqrt() / expected.std()
             assert error < (1e-5 if name == "torchao int8" else 1e-2)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from convllava_hf import ConvLlavaConfig, ConvLlavaImageProcessor, cli
-from convllava_hf.modeling.configuration_convllava import PRESETS, PictureSizes
+from convllava_hf.modeling.configuration_convllava import PRESETS, ImageSizing
 
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +75,8 @@ def test_python_runs(index, converted, golden):
     if "import evaluate" in code:
         pytest.importorskip("evaluate")
         pytest.importorskip("rapidfuzz")
-    picture = converted.parent / "photo.jpg"
-    picture.write_bytes((golden / "images" / "photo.jpg").read_bytes())
+    image = converted.parent / "photo.jpg"
+    image.write_bytes((golden / "images" / "photo.jpg").read_bytes())
     process = subprocess.run(
         [sys.executable, "-c", code], cwd=converted.parent, capture_output=True, text=True, encoding="utf-8"
     )
@@ -97,7 +97,7 @@ def test_token_table():
 
 
 def test_preset_table():
-    """Names, bounds and tokens of each preset, and those of the pictures that the head of the table describes."""
+    """Names, bounds and tokens of each preset, and those of the images that the head of the table describes."""
     text = (ROOT / "README.md").read_text("utf-8")
     (head,) = re.findall(r"^\| preset \|.*\|$", text, flags=re.M)
     rows = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) \| (\d+) \| (.*) \|$", text, flags=re.M)
@@ -106,11 +106,11 @@ def test_preset_table():
     assert (210 * 200 / 25.4, 297 * 200 / 25.4) == pytest.approx((1654, 2339), abs=0.5)
     assert [row[0] for row in rows] == list(PRESETS) and len(shapes) == 4
     for name, height, width, most, counts in rows:
-        sizes = ConvLlavaImageProcessor(preset=name).picture_sizes()
+        sizes = ConvLlavaImageProcessor(preset=name).image_sizing()
         assert int(height) * int(width) == sizes.most_pixels
         assert int(most) == sizes.most_tokens
         assert [int(count) for count in counts.split(" | ")] == [sizes.tokens(*shape) for shape in shapes]
-        four = PictureSizes("native", 768, 32, None, sizes.most_pixels)
+        four = ImageSizing("native", 768, 32, None, sizes.most_pixels)
         assert all(3.5 < four.tokens(*shape) / sizes.tokens(*shape) < 5 for shape in shapes)
         assert sizes.least_pixels == 256**2
 

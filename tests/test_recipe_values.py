@@ -139,14 +139,14 @@ REFUSED = [
     ({"chat_template_path": str(GOLDEN / "checkpoint-stage3")}, "expected a .jinja file"),
     ({"min_pixels": 0}, "min_pixels is 0"),
     ("", "No data"),
-    ("just words", "no mapping"),
-    ("a: [1, 2", "no YAML"),
-    ("a: !!python/object/apply:os.system ['true']", "no YAML"),
+    ("just words", "not a mapping"),
+    ("a: [1, 2", "not valid YAML"),
+    ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
     ("a: &a [*a]", "a part of itself"),
     ("seed: " + "9" * 5000, "cannot be used"),
     ("a: " + "[" * 5000, "cannot be used"),
-    (b"\xff\xd8\xff\xe0\x00\x10JFIF", "no text in UTF-8"),
-    (b"a: \x07", "no YAML"),
+    (b"\xff\xd8\xff\xe0\x00\x10JFIF", "not UTF-8 text"),
+    (b"a: \x07", "not valid YAML"),
     ("#" * 2**21, "too many for a recipe"),
 ]
 
@@ -198,7 +198,9 @@ def test_options_are_looked_at_as_recipes_are(options, words, recipe):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(recipe, monkeypatch):
-    monkeypatch.setattr("convllava_hf.training.checks.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        "convllava_hf.training.recipe_checks.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
     with pytest.raises(ConvLlavaError, match="report_to is 'wandb', which is not installed"):
         recipe({"report_to": "wandb"})
     with pytest.raises(ReachedWeights):
@@ -246,7 +248,7 @@ def test_what_is_no_file_is_no_recipe(kind, tmp_path):
         os.mkfifo(path)
     else:
         path = Path(os.devnull)
-    with pytest.raises(ConvLlavaError, match="takes the file of a recipe"):
+    with pytest.raises(ConvLlavaError, match="takes a recipe file"):
         read_recipe(path)
 
 

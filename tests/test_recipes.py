@@ -18,7 +18,7 @@ pytest.importorskip("datasets")
 from conftest import make_config, make_model  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
-from convllava_hf.data.sources import ENTRY_KEYS  # noqa: E402
+from convllava_hf.data.training_data import ENTRY_KEYS  # noqa: E402
 from convllava_hf.modeling.configuration_convllava import PRESETS  # noqa: E402
 from convllava_hf.training.arguments import LORA_TARGETS, check_arguments, make_parser  # noqa: E402
 from convllava_hf.training.trainable import set_trainable  # noqa: E402
@@ -180,12 +180,12 @@ def as_list(value) -> list:
 
 
 @each(RECIPES)
-def test_pictures_are_never_cut(path):
+def test_images_are_never_cut(path):
     _, training, _ = parse(path)
     tokens = (resolution(path) // 64) ** 2
-    if path in ADAPTERS:  # data of any kind: several pictures, anywhere in the text
+    if path in ADAPTERS:  # data of any kind: several images, anywhere in the text
         assert training.max_length is None
-    else:  # one picture, at the start
+    else:  # one image, at the start
         assert training.max_length >= tokens + 1024
 
 
@@ -229,7 +229,7 @@ def test_a_stage_starts_from_the_one_before(path):
 
 
 @each(STAGED)
-def test_data_sets_name_where_their_pictures_are(path):
+def test_data_sets_name_where_their_images_are(path):
     data, _, _ = parse(path)
     readme = (ROOT / "recipes" / "README.md").read_text("utf-8")
     entries = data.datasets or [{"path": data.dataset_name, "image_folder": data.image_folder}]
@@ -241,11 +241,11 @@ def test_data_sets_name_where_their_pictures_are(path):
 
 
 @pytest.mark.parametrize("stage, name", [(2, "stage2_pretrain"), (3, "stage3_instruct")])
-def test_native_recipes_differ_in_the_pictures_alone(stage, name):
+def test_native_recipes_differ_in_the_images_alone(stage, name):
     folder = ROOT / "recipes" / "convllava-7b-1536"
     native, square = values(folder / f"stage{stage}_native.yaml"), values(folder / f"{name}.yaml")
     assert native.pop("preset") == "large" and PRESETS["large"] == 1536**2
-    assert native.pop("group_by_picture_shape") is True
+    assert native.pop("group_by_image_shape") is True
     paths = ("model_name_or_path", "output_dir")
     assert {key: native[key] for key in native if key not in paths} == {
         key: square[key] for key in square if key not in paths

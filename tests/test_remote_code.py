@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TEXT_SHAPE, ask, make_config, make_model, make_picture, make_tokenizer
+from conftest import TEXT_SHAPE, ask, make_config, make_image, make_model, make_tokenizer
 from fresh_process import ANSWERS, run_fresh
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import check_imports, get_class_from_dynamic_module, get_imports
@@ -31,21 +31,21 @@ GENERATING = [
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    make_picture(seed=3).save(path)
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    make_image(seed=3).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def expected(model, processor, picture) -> dict:
+def expected(model, processor, image) -> dict:
     """Of the model in this process: prompt, greedy answer, and the base model's hidden states in short."""
     inputs = processor.apply_chat_template(
-        ask(QUESTION, str(picture)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ask(QUESTION, str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     with torch.no_grad():
         hidden = model.model(**inputs).last_hidden_state[0].abs().sum(-1)
-    prompt, ids = _answer(model, processor, picture)
+    prompt, ids = _answer(model, processor, image)
     return {"input_ids": prompt, "ids": ids, "hidden": hidden.tolist()}
 
 
@@ -59,7 +59,7 @@ def base_only(tmp_path_factory, checkpoint, processor) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory, checkpoint, base_only, picture) -> dict:
+def fresh(tmp_path_factory, checkpoint, base_only, image) -> dict:
     """What a new process without the package finds in each of the folders, and in one that it saves itself."""
     resaved = tmp_path_factory.mktemp("resaved")
     return run_fresh(
@@ -84,7 +84,7 @@ result["package"] = "convllava_hf" in sys.modules
         checkpoint=checkpoint,
         base_only=base_only,
         resaved=resaved,
-        picture=picture,
+        image=image,
         question=QUESTION,
         names=[*GENERATING, "AutoModel"],
     )
@@ -122,12 +122,12 @@ def test_a_checkpoint_saved_from_remote_code_is_complete(fresh, checkpoint):
     assert fresh["resaved files"] == sorted(path.name for path in checkpoint.iterdir())
 
 
-def test_with_the_package_imported_nothing_needs_to_be_trusted(checkpoint, expected, picture):
+def test_with_the_package_imported_nothing_needs_to_be_trusted(checkpoint, expected, image):
     processor = AutoProcessor.from_pretrained(checkpoint)
     for name in GENERATING:
         model = getattr(transformers, name).from_pretrained(checkpoint)
         assert type(model) is convllava_hf.ConvLlavaForConditionalGeneration
-        assert _answer(model, processor, picture) == (expected["input_ids"], expected["ids"])
+        assert _answer(model, processor, image) == (expected["input_ids"], expected["ids"])
     assert type(processor) is convllava_hf.ConvLlavaProcessor
     assert type(AutoModel.from_pretrained(checkpoint)) is convllava_hf.ConvLlavaModel
     assert convllava_hf.AutoModelForVision2Seq is getattr(transformers, GENERATING[0])
@@ -142,8 +142,8 @@ def test_the_saved_files_hold_every_entry_and_the_code(folder, request):
     assert config["model_type"] == "convllava"
     processor = json.loads((folder / "processor_config.json").read_text())
     assert processor["auto_map"]["AutoProcessor"] == "processing_convllava.ConvLlavaProcessor"
-    pictures = json.loads((folder / "preprocessor_config.json").read_text())
-    assert pictures["auto_map"]["AutoImageProcessor"] == "image_processing_convllava.ConvLlavaImageProcessor"
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    assert images["auto_map"]["AutoImageProcessor"] == "image_processing_convllava.ConvLlavaImageProcessor"
     assert json.loads((folder / "tokenizer_config.json").read_text())["padding_side"] == "left"
     assert (folder / "chat_template.jinja").is_file()
     for name in CODE:
@@ -180,7 +180,7 @@ def test_the_code_that_travels_requires_only_what_every_user_has(name):
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_the_code_that_travels_imports_its_neighbours_in_the_one_way_that_is_shipped(name):
+def test_the_code_that_travels_imports_its_neighbors_in_the_one_way_that_is_shipped(name):
     """transformers finds the files to ship by `from .module import Name`; another way would be left behind."""
     tree = ast.parse((MODELING / name).read_text())
     for node in ast.walk(tree):
@@ -224,8 +224,8 @@ import numpy as np
 from datasets import Dataset
 
 def count(row, processor):
-    picture = np.zeros((60, 40, 3), np.uint8)
-    return {"length": len(processor(images=picture, text="<image>" + "a" * row["n"])["input_ids"][0])}
+    image = np.zeros((60, 40, 3), np.uint8)
+    return {"length": len(processor(images=image, text="<image>" + "a" * row["n"])["input_ids"][0])}
 
 processor = transformers.AutoProcessor.from_pretrained(values["checkpoint"], trust_remote_code=True)
 data = Dataset.from_dict({"n": [0, 1, 2, 3]})
@@ -260,7 +260,7 @@ def sharded_model():
         dist.destroy_process_group()
 
 
-def test_a_model_sharded_by_fsdp2_saves_our_code(sharded_model, processor, checkpoint, expected, picture, tmp_path):
+def test_a_model_sharded_by_fsdp2_saves_our_code(sharded_model, processor, checkpoint, expected, image, tmp_path):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     swapped = type(sharded_model)
@@ -275,7 +275,7 @@ def test_a_model_sharded_by_fsdp2_saves_our_code(sharded_model, processor, check
     assert config["architectures"] == ["ConvLlavaForConditionalGeneration"]
     shipped = get_class_from_dynamic_module(config["auto_map"]["AutoModelForImageTextToText"], str(tmp_path))
     assert shipped.__module__.startswith("transformers_modules.")
-    assert _answer(shipped.from_pretrained(tmp_path), processor, picture) == (expected["input_ids"], expected["ids"])
+    assert _answer(shipped.from_pretrained(tmp_path), processor, image) == (expected["input_ids"], expected["ids"])
 
 
 ROPE_OF_4 = {"rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 1.5}}
@@ -312,12 +312,12 @@ def crossing(request, processor, converted_checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.skipif("CONVLLAVA_OTHER_PYTHON" not in os.environ, reason="CONVLLAVA_OTHER_PYTHON names no other python")
-def test_checkpoints_cross_between_versions_of_transformers(crossing, picture, tmp_path):
+def test_checkpoints_cross_between_versions_of_transformers(crossing, image, tmp_path):
     """Saved here and loaded there, saved again there and loaded here: the same ids and answers."""
     here, there = tmp_path / "here", tmp_path / "there"
     for part in crossing:
         part.save_pretrained(here)
-    prompt, expected = _answer(*crossing, picture)
+    prompt, expected = _answer(*crossing, image)
 
     found = run_fresh(
         ANSWERS
@@ -331,7 +331,7 @@ transformers.AutoProcessor.from_pretrained(values["here"], **trust).save_pretrai
         python=os.environ["CONVLLAVA_OTHER_PYTHON"],
         here=here,
         there=there,
-        picture=picture,
+        image=image,
         question=QUESTION,
     )
     assert found["version"] != transformers.__version__
@@ -339,13 +339,13 @@ transformers.AutoProcessor.from_pretrained(values["here"], **trust).save_pretrai
     assert found["ids"] == expected
 
     back = AutoModelForImageTextToText.from_pretrained(there), AutoProcessor.from_pretrained(there)
-    assert _answer(*back, picture) == (prompt, expected)
+    assert _answer(*back, image) == (prompt, expected)
 
 
-def _answer(model, processor, picture) -> tuple[list, list]:
+def _answer(model, processor, image) -> tuple[list, list]:
     """The prompt's ids and those of the greedy answer."""
     inputs = processor.apply_chat_template(
-        ask(QUESTION, str(picture)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ask(QUESTION, str(image)), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
     return inputs["input_ids"].tolist(), ids[0, inputs["input_ids"].shape[1] :].tolist()

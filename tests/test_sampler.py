@@ -9,41 +9,41 @@ import torch
 from convllava_hf.training.sampler import ModalityLengthSampler
 
 
-# Numbers of samples with pictures and without, and samples of a step.
+# Numbers of samples with images and without, and samples of a step.
 MIXTURES = [(0, 0, 4), (1, 0, 4), (3, 2, 8), (64, 0, 8), (0, 65, 8), (100, 30, 1), (203, 98, 8), (1000, 77, 16)]
 
 
-def make_samples(pictures: int, texts: int, seed: int = 0) -> tuple[list[int], list[bool]]:
+def make_samples(images: int, texts: int, seed: int = 0) -> tuple[list[int], list[bool]]:
     """Lengths of a long-tailed distribution, and modalities, in random order."""
     rng = random.Random(seed)
-    has_picture = [True] * pictures + [False] * texts
-    rng.shuffle(has_picture)
-    return [int(rng.lognormvariate(5, 1)) + 144 * picture for picture in has_picture], has_picture
+    has_image = [True] * images + [False] * texts
+    rng.shuffle(has_image)
+    return [int(rng.lognormvariate(5, 1)) + 144 * image for image in has_image], has_image
 
 
-def make_sampler(pictures: int, texts: int, batch: int, seed: int = 0) -> ModalityLengthSampler:
-    return ModalityLengthSampler(*make_samples(pictures, texts), batch, seed)
+def make_sampler(images: int, texts: int, batch: int, seed: int = 0) -> ModalityLengthSampler:
+    return ModalityLengthSampler(*make_samples(images, texts), batch, seed)
 
 
 SHAPES = [(8, 10), (8, 10), (8, 10), (10, 8), (10, 8), (9, 16), (27, 19), (12, 12), (3, 3), (5, 31), (16, 2)]
 
 
-def make_shaped(pictures: int, texts: int, batch: int, seed: int = 0, shapes=SHAPES) -> ModalityLengthSampler:
-    """Pictures of common shapes and of any, and lengths that hold their tokens."""
+def make_shaped(images: int, texts: int, batch: int, seed: int = 0, shapes=SHAPES) -> ModalityLengthSampler:
+    """Images of common shapes and of any, and lengths that hold their tokens."""
     rng = random.Random(seed)
-    lengths, has_picture = make_samples(pictures, texts, seed)
+    lengths, has_image = make_samples(images, texts, seed)
     drawn = [
         (0, 0) if not has else rng.choice([rng.choice(shapes), (rng.randint(4, 24), rng.randint(4, 24))])
-        for has in has_picture
+        for has in has_image
     ]
     lengths = [length + rows * columns for length, (rows, columns) in zip(lengths, drawn, strict=True)]
-    return ModalityLengthSampler(lengths, has_picture, batch, seed, drawn)
+    return ModalityLengthSampler(lengths, has_image, batch, seed, drawn)
 
 
 def padding(sampler: ModalityLengthSampler, order: list[int], size: int) -> tuple[float, float]:
-    """Tokens that are padding, as a part of those that are not: around pictures, and after texts."""
+    """Tokens that are padding, as a part of those that are not: around images, and after texts."""
     shapes, lengths, padded, real = sampler.shapes, sampler.lengths, [0, 0], [0, 0]
-    for batch in steps([index for index in order if sampler.has_picture[index]], size):
+    for batch in steps([index for index in order if sampler.has_image[index]], size):
         rows, columns = (max(shapes[index][axis] for index in batch) for axis in (0, 1))
         padded[0] += len(batch) * rows * columns
         padded[1] += len(batch) * max(lengths[index] for index in batch)
@@ -61,33 +61,33 @@ def spread(lengths: list[int], batches: list[list[int]]) -> float:
     return statistics.mean(statistics.pstdev([lengths[index] for index in batch]) for batch in batches)
 
 
-@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+@pytest.mark.parametrize("images, texts, batch", MIXTURES)
 @pytest.mark.parametrize("seed, epoch", [(0, 0), (42, 3)])
-def test_every_sample_comes_once_in_an_epoch(pictures, texts, batch, seed, epoch):
-    sampler = make_sampler(pictures, texts, batch, seed)
+def test_every_sample_comes_once_in_an_epoch(images, texts, batch, seed, epoch):
+    sampler = make_sampler(images, texts, batch, seed)
     sampler.set_epoch(epoch)
-    assert sorted(sampler) == list(range(pictures + texts))
-    assert len(sampler) == pictures + texts
+    assert sorted(sampler) == list(range(images + texts))
+    assert len(sampler) == images + texts
 
 
-@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+@pytest.mark.parametrize("images, texts, batch", MIXTURES)
 @pytest.mark.parametrize("epoch", range(3))
-def test_steps_are_of_one_modality_but_for_the_rest_at_the_end(pictures, texts, batch, epoch):
-    sampler = make_sampler(pictures, texts, batch)
+def test_steps_are_of_one_modality_but_for_the_rest_at_the_end(images, texts, batch, epoch):
+    sampler = make_sampler(images, texts, batch)
     sampler.set_epoch(epoch)
-    whole = pictures // batch + texts // batch
+    whole = images // batch + texts // batch
     for number, step in enumerate(steps(list(sampler), batch)):
-        kinds = {sampler.has_picture[index] for index in step}
+        kinds = {sampler.has_image[index] for index in step}
         assert len(kinds) == 1 or number >= whole
         assert len(step) == batch or number >= whole
 
 
-@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
-def test_the_order_depends_on_seed_and_epoch_alone(pictures, texts, batch):
-    first = make_sampler(pictures, texts, batch, seed=7)
+@pytest.mark.parametrize("images, texts, batch", MIXTURES)
+def test_the_order_depends_on_seed_and_epoch_alone(images, texts, batch):
+    first = make_sampler(images, texts, batch, seed=7)
     first.set_epoch(2)
     order = list(first)
-    second = make_sampler(pictures, texts, batch, seed=7)
+    second = make_sampler(images, texts, batch, seed=7)
     list(second)  # an epoch that went before leaves no trace
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -113,9 +113,9 @@ def test_batches_too_are_put_together_anew_each_epoch():
     assert len(first & {frozenset(step) for step in steps(list(sampler), 8)}) < len(first) / 4
 
 
-@pytest.mark.parametrize("pictures, texts, batch", [(203, 98, 8), (1000, 77, 16), (5000, 1000, 32)])
-def test_lengths_of_a_step_are_closer_than_by_chance(pictures, texts, batch):
-    sampler = make_sampler(pictures, texts, batch)
+@pytest.mark.parametrize("images, texts, batch", [(203, 98, 8), (1000, 77, 16), (5000, 1000, 32)])
+def test_lengths_of_a_step_are_closer_than_by_chance(images, texts, batch):
+    sampler = make_sampler(images, texts, batch)
     order = list(sampler)
     shuffled = random.Random(1).sample(order, len(order))
     assert spread(sampler.lengths, steps(order, batch)) < 0.5 * spread(sampler.lengths, steps(shuffled, batch))
@@ -129,25 +129,25 @@ def test_long_and_short_steps_come_in_no_order():
     assert abs(torch.corrcoef(places)[0, 1]) < 0.15
 
 
-@pytest.mark.parametrize("pictures, texts, batch", MIXTURES)
+@pytest.mark.parametrize("images, texts, batch", MIXTURES)
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_with_shapes_too_every_sample_comes_once_in_steps_of_one_modality(pictures, texts, batch, epoch):
-    sampler, again = make_shaped(pictures, texts, batch, 5), make_shaped(pictures, texts, batch, 5)
+def test_with_shapes_too_every_sample_comes_once_in_steps_of_one_modality(images, texts, batch, epoch):
+    sampler, again = make_shaped(images, texts, batch, 5), make_shaped(images, texts, batch, 5)
     list(again)
     for one in (sampler, again):
         one.set_epoch(epoch)
     order = list(sampler)
-    assert sorted(order) == list(range(pictures + texts)) and list(again) == order
-    whole = pictures // batch + texts // batch
+    assert sorted(order) == list(range(images + texts)) and list(again) == order
+    whole = images // batch + texts // batch
     for number, step in enumerate(steps(order, batch)):
-        assert len({sampler.has_picture[index] for index in step}) == 1 or number >= whole
+        assert len({sampler.has_image[index] for index in step}) == 1 or number >= whole
 
 
 @pytest.mark.parametrize("batch, device, around, after", [(64, 8, 0.2, 0.1), (16, 8, 0.25, 0.15), (8, 8, 0.25, 0.15)])
-def test_little_is_padded_around_pictures_and_after_texts(batch, device, around, after):
+def test_little_is_padded_around_images_and_after_texts(batch, device, around, after):
     """Against by length alone, which leaves the shapes to chance, and by chance altogether."""
     sampler = make_shaped(6400, 500, batch)
-    by_length = ModalityLengthSampler(sampler.lengths, sampler.has_picture, batch, 0)
+    by_length = ModalityLengthSampler(sampler.lengths, sampler.has_image, batch, 0)
     of_shapes, of_texts = padding(sampler, list(sampler), device)
     of_shapes_by_length, _ = padding(sampler, list(by_length), device)
     chance = padding(sampler, random.Random(1).sample(range(6900), 6900), device)
@@ -155,11 +155,11 @@ def test_little_is_padded_around_pictures_and_after_texts(batch, device, around,
     assert of_texts < after * chance[1]
 
 
-def test_pictures_of_one_shape_are_ordered_by_length_as_without_shapes():
+def test_images_of_one_shape_are_ordered_by_length_as_without_shapes():
     drawn = make_shaped(1000, 77, 16)
-    shapes = [(12, 12) if has else (0, 0) for has in drawn.has_picture]
-    sampler = ModalityLengthSampler(drawn.lengths, drawn.has_picture, 16, 0, shapes)
-    plain = ModalityLengthSampler(sampler.lengths, sampler.has_picture, 16, 0)
+    shapes = [(12, 12) if has else (0, 0) for has in drawn.has_image]
+    sampler = ModalityLengthSampler(drawn.lengths, drawn.has_image, 16, 0, shapes)
+    plain = ModalityLengthSampler(sampler.lengths, sampler.has_image, 16, 0)
     assert list(sampler) == list(plain)
 
 
@@ -199,7 +199,7 @@ def test_processes_share_steps_and_change_the_order_together(make):
             loader.set_epoch(epoch)
         shards = [[batch.tolist() for batch in loader] for loader in loaders]
         for step in list(zip(*shards, strict=True))[:whole]:
-            assert len({sampler.has_picture[index] for shard in step for index in shard}) == 1
+            assert len({sampler.has_image[index] for shard in step for index in shard}) == 1
         assert {index for shard in shards for batch in shard for index in batch} == set(range(304))
         orders.append(shards)
     assert orders[0] != orders[1]

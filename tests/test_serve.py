@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 import transformers
-from conftest import make_model, make_picture
+from conftest import make_image, make_model
 from fresh_process import fresh_environment
 
 
@@ -101,10 +101,10 @@ def _url_when_healthy(server, log) -> str:
     raise AssertionError(f"No answer within {START_SECONDS} s:\n{log.read_text()[-4000:]}")
 
 
-def as_url(picture) -> dict:
-    """A picture as OpenAI's API takes it."""
+def as_url(image) -> dict:
+    """An image as OpenAI's API takes it."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     encoded = base64.b64encode(buffer.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
 
@@ -114,12 +114,12 @@ def text(words: str) -> dict:
 
 
 SYSTEM = {"role": "system", "content": "You are terse."}
-ONE, TWO = make_picture(seed=1), make_picture(50, 90, seed=2)
+ONE, TWO = make_image(seed=1), make_image(50, 90, seed=2)
 CONVERSATIONS = {
     "text only": [{"role": "user", "content": "Who are you?"}],
-    "one picture": [{"role": "user", "content": [as_url(ONE), text("What is this?")]}],
-    "another picture": [{"role": "user", "content": [as_url(TWO), text("What is this?")]}],
-    "several pictures": [{"role": "user", "content": [as_url(ONE), as_url(TWO), text("What is this?")]}],
+    "one image": [{"role": "user", "content": [as_url(ONE), text("What is this?")]}],
+    "another image": [{"role": "user", "content": [as_url(TWO), text("What is this?")]}],
+    "several images": [{"role": "user", "content": [as_url(ONE), as_url(TWO), text("What is this?")]}],
     "system": [SYSTEM, {"role": "user", "content": [as_url(ONE), text("What is this?")]}],
     "several turns": [
         {"role": "user", "content": [as_url(ONE), text("What is this?")]},
@@ -153,9 +153,9 @@ def test_the_client_gets_what_generate_gives(client, folder, expected, name):
 
 def test_a_streamed_answer_is_the_same_in_pieces(client, folder, expected):
     stream = client.chat.completions.create(
-        model=str(folder), messages=CONVERSATIONS["one picture"], max_tokens=TOKENS, temperature=0, stream=True
+        model=str(folder), messages=CONVERSATIONS["one image"], max_tokens=TOKENS, temperature=0, stream=True
     )
     pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
     pieces = [piece for piece in pieces if piece]
     assert len(pieces) > 3
-    assert "".join(pieces) == expected["one picture"]
+    assert "".join(pieces) == expected["one image"]

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import make_config, make_model, make_picture
+from conftest import make_config, make_image, make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -22,7 +22,7 @@ from convllava_hf import ConvLlavaForConditionalGeneration
 from convllava_hf.modeling import modeling_convllava
 
 
-PICTURES = [make_picture(100, 60, seed=1), make_picture(40, 90, seed=2)]
+IMAGES = [make_image(100, 60, seed=1), make_image(40, 90, seed=2)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def base(checkpoint):
 
 @pytest.fixture(scope="module")
 def inputs(processor):
-    return processor(text="<s>USER: <image>\n<image>\nWhat? ASSISTANT:", images=PICTURES, return_tensors="pt")
+    return processor(text="<s>USER: <image>\n<image>\nWhat? ASSISTANT:", images=IMAGES, return_tensors="pt")
 
 
 # 1. The base model
@@ -157,24 +157,24 @@ def test_base_model_takes_merged_embeddings_and_gives_a_tuple(base, inputs):
     torch.testing.assert_close(outputs[0], expected)
 
 
-# 4. Pictures
+# 4. Images
 
 
 @pytest.mark.parametrize("extra", [{}, {"num_image_patches": torch.tensor([1, 1])}])
-def test_image_features_are_one_tensor_a_picture(base, inputs, extra):
-    """Called with every key of the processor's output that belongs to pictures, and what the server adds."""
+def test_image_features_are_one_tensor_an_image(base, inputs, extra):
+    """Called with every key of the processor's output that belongs to images, and what the server adds."""
     with torch.no_grad():
         outputs = base.get_image_features(
             inputs["pixel_values"], image_sizes=inputs["image_sizes"], return_dict=True, **extra
         )
     assert isinstance(outputs.pooler_output, list)
     hidden = base.config.text_config.hidden_size
-    assert [picture.shape for picture in outputs.pooler_output] == [(4, hidden), (4, hidden)]
+    assert [image.shape for image in outputs.pooler_output] == [(4, hidden), (4, hidden)]
     assert next(iter(inspect.signature(base.get_image_features).parameters)) == "pixel_values"
-    for index, picture in enumerate(outputs.pooler_output):
+    for index, image in enumerate(outputs.pooler_output):
         with torch.no_grad():
             alone = base.get_image_features(inputs["pixel_values"][index : index + 1], return_dict=True).pooler_output
-        torch.testing.assert_close(picture, alone[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(image, alone[0], rtol=0, atol=1e-5)
 
 
 # 5. The processor
@@ -189,13 +189,13 @@ def test_processor_names_its_placeholder(checkpoint):
 
 
 @pytest.mark.parametrize("sizes", [[(100, 60)], [(1, 5000), (64, 64), (333, 777)], []])
-def test_tokens_are_counted_before_a_picture_is_seen(processor, sizes):
+def test_tokens_are_counted_before_an_image_is_seen(processor, sizes):
     counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
     assert isinstance(counted, MultiModalData)
     assert counted["num_image_tokens"] == [4] * len(sizes)
     assert counted["num_image_patches"] == [1] * len(sizes)
     for (height, width), tokens in zip(sizes, counted.num_image_tokens, strict=True):
-        ids = processor(text="<image>", images=make_picture(height, width)).input_ids[0]
+        ids = processor(text="<image>", images=make_image(height, width)).input_ids[0]
         assert ids.count(processor.image_token_id) == tokens
 
 
@@ -203,14 +203,14 @@ def test_tokens_are_counted_with_the_servers_arguments(processor):
     """mm_processor_kwargs reach the count and the call alike."""
     counted = processor._get_num_multimodal_tokens(image_sizes=[(100, 60)], size={"height": 192, "width": 192})
     assert counted.num_image_tokens == [9]
-    ids = processor(text="<image>", images=PICTURES[0], size={"height": 192, "width": 192}).input_ids[0]
+    ids = processor(text="<image>", images=IMAGES[0], size={"height": 192, "width": 192}).input_ids[0]
     assert ids.count(processor.image_token_id) == 9
 
 
-def test_processor_tells_each_tokens_modality_and_has_a_row_of_pixels_for_each_picture(processor, base):
-    """As vLLM calls it, for all the pictures of one prompt."""
+def test_processor_tells_each_tokens_modality_and_has_a_row_of_pixels_for_each_image(processor, base):
+    """As vLLM calls it, for all the images of one prompt."""
     outputs = processor(
-        text="a <image> b <image> c", images=PICTURES, return_mm_token_type_ids=True, return_tensors="pt"
+        text="a <image> b <image> c", images=IMAGES, return_mm_token_type_ids=True, return_tensors="pt"
     )
     placeholders = outputs["input_ids"] == base.config.image_token_id
     assert outputs["mm_token_type_ids"].bool().equal(placeholders)
@@ -222,7 +222,7 @@ def test_processor_tells_each_tokens_modality_and_has_a_row_of_pixels_for_each_p
 def test_image_processor_says_what_it_makes_and_at_what_size(processor):
     images = processor.image_processor
     assert dict(images.size) == {"height": 128, "width": 128}
-    made = images(PICTURES, return_tensors="pt")
+    made = images(IMAGES, return_tensors="pt")
     assert list(made) == images.model_input_names == ["pixel_values", "image_sizes"]
     assert set(processor.model_input_names) == {"input_ids", "attention_mask", *made} | (
         {"token_type_ids"} & set(processor.tokenizer.model_input_names)
@@ -231,7 +231,7 @@ def test_image_processor_says_what_it_makes_and_at_what_size(processor):
 
 def test_processor_tells_what_each_placeholder_became(processor):
     text = "a <image> b <image> c"
-    outputs = processor(text=[text], images=PICTURES, return_text_replacement_offsets=True)
+    outputs = processor(text=[text], images=IMAGES, return_text_replacement_offsets=True)
     (spans,) = outputs["text_replacement_offsets"]
     expanded, (again,) = processor.get_text_with_replacements([text], ["<image>" * 4] * 2)
     assert spans == again
@@ -240,7 +240,7 @@ def test_processor_tells_what_each_placeholder_became(processor):
         assert span["type"] == "image"
         assert text[slice(*span["span"])] == span["text"] == "<image>"
         assert expanded[0][slice(*span["new_span"])] == span["replacement"] == "<image>" * 4
-    made = processor.image_processor(PICTURES)
+    made = processor.image_processor(IMAGES)
     assert processor.replace_image_token(made, 1) == "<image>" * 4
 
 
@@ -255,8 +255,8 @@ def test_replacements_are_those_that_transformers_itself_would_report(processor)
     )
 
 
-def test_transformers_own_count_of_a_dummy_picture_agrees(processor):
-    """vLLM profiles memory with the largest picture; its number of tokens must be that of the call."""
+def test_transformers_own_count_of_a_dummy_image_agrees(processor):
+    """vLLM profiles memory with the largest image; its number of tokens must be that of the call."""
     size = processor.image_processor.size
     counted = processor._get_num_multimodal_tokens(image_sizes=[(size["height"], size["width"])])
     config = make_config()

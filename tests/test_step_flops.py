@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from convllava_hf.bench.models import random_model
+from convllava_hf.profiling.models import random_model
 from convllava_hf.training.trainable import set_trainable
 
 

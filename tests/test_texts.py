@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 from convllava_hf import cli
 from convllava_hf.cli import chat
@@ -54,10 +54,10 @@ def test_any_value_can_be_shown():
 def refused(checkpoint, tmp_path, capsys, monkeypatch):
     """A function: what `convllava ask` and `chat` say about these arguments, before any model is loaded."""
     monkeypatch.setattr("convllava_hf.inference.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
-    make_picture().save(tmp_path / "picture.png")
+    make_image().save(tmp_path / "image.png")
 
     def run(command: str, *argv: str) -> str:
-        before = [str(tmp_path / "picture.png")] if command == "ask" else []
+        before = [str(tmp_path / "image.png")] if command == "ask" else []
         assert cli.main([command, str(checkpoint), *before, *argv]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
@@ -77,7 +77,7 @@ def test_chat_goes_on_after_a_line_that_is_not_utf8(checkpoint, capsys, monkeypa
     asked = []
 
     class Assistant:
-        def remembering(self):
+        def with_prompt_cache(self):
             return self
 
         def answer(self, messages, **kwargs):
@@ -89,6 +89,6 @@ def test_chat_goes_on_after_a_line_that_is_not_utf8(checkpoint, capsys, monkeypa
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     assert cli.main(["chat", str(checkpoint)]) == 0
     assert asked == ["What?", f"{EMOJI}?"]
-    question, picture, command = capsys.readouterr().err.splitlines()
+    question, image, command = capsys.readouterr().err.splitlines()
     assert "The question has half a surrogate pair (\\udce9) at character 3" in question
-    assert "There is no image" in picture and "There is no command" in command
+    assert "There is no image" in image and "There is no command" in command

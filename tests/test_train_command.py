@@ -18,7 +18,7 @@ def test_help_shows_the_keys_of_recipes(capsys):
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: convllava train --config RECIPE")
-    for key in ("trainable", "image_folder", "learning_rate", "lora_r", "on_bad_picture", "resume_from_checkpoint"):
+    for key in ("trainable", "image_folder", "learning_rate", "lora_r", "on_bad_image", "resume_from_checkpoint"):
         assert f"--{key} " in text
 
 
@@ -35,7 +35,7 @@ def test_help_shows_the_keys_of_recipes(capsys):
         ("model_name_or_path: m\ndataset_name: x\ntrainable: [projector]\ndtype: float16\nuse_cpu: true", "fp16"),
         ("model_name_or_path: m\ndataset_name: x\ntrainable: [projector]\nfp16: true\nuse_cpu: true", "fp16"),
         ("model_name_or_path: m\ndataset_name: x\ntrainable: projector\npacking: true\nuse_cpu: true", "packing"),
-        ("model_name_or_path: m\ndataset_name: x\ntrainable: [x]\non_bad_picture: ignore\nuse_cpu: true", "skip"),
+        ("model_name_or_path: m\ndataset_name: x\ntrainable: [x]\non_bad_image: ignore\nuse_cpu: true", "skip"),
         ("model_name_or_path: m\ndataset_name: x\ntrainable: [x]\nmerge_adapter: true\nuse_cpu: true", "use_peft"),
     ],
 )

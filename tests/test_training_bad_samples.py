@@ -11,15 +11,15 @@ datasets = pytest.importorskip("datasets")
 
 import bad_samples  # noqa: E402
 from bad_samples import BAD, conversation, in_file  # noqa: E402
-from conftest import GOLDEN, make_picture, make_processor  # noqa: E402
+from conftest import GOLDEN, make_image, make_processor  # noqa: E402
 from training_runs import RECIPES, arguments_of, logged, run  # noqa: E402
 
 from convllava_hf.cli import main as command  # noqa: E402
 from convllava_hf.data.checking import check_data  # noqa: E402
-from convllava_hf.data.columns import PICTURES  # noqa: E402
-from convllava_hf.data.pictures import SafePictureCollator  # noqa: E402
-from convllava_hf.record import read_record  # noqa: E402
+from convllava_hf.data.collator import SafeImageCollator  # noqa: E402
+from convllava_hf.data.columns import IMAGES  # noqa: E402
 from convllava_hf.training import shapes  # noqa: E402
+from convllava_hf.training_record import read_record  # noqa: E402
 
 
 RECIPE = RECIPES / "stage3_instruct.yaml"  # says skip to both
@@ -30,7 +30,7 @@ SHORT = {
     "max_length": 400,
 }
 # Kinds that training can do nothing with; the others are found as well, and seen.
-UNUSABLE = {*bad_samples.counts(), "missing picture", "truncated picture", "unreadable picture", "empty picture"}
+UNUSABLE = {*bad_samples.counts(), "missing image", "truncated image", "unreadable image", "empty image"}
 UNUSABLE.add("too many visual tokens")
 
 
@@ -41,15 +41,15 @@ def start(converted_checkpoint):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures that can be used and some that cannot."""
+    """Images that can be used and some that cannot."""
     folder = tmp_path_factory.mktemp("images")
     shutil.copytree(GOLDEN / "images", folder, dirs_exist_ok=True)
-    make_picture().save(folder / "good.png")
+    make_image().save(folder / "good.png")
     content = (folder / "photo.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(content[: len(content) // 3])
     (folder / "empty.jpg").touch()
-    (folder / "text.jpg").write_text("no picture")
-    frames = [make_picture(8, 8, seed=seed) for seed in range(3)]
+    (folder / "text.jpg").write_text("no image")
+    frames = [make_image(8, 8, seed=seed) for seed in range(3)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     return folder
 
@@ -58,11 +58,11 @@ def folder(tmp_path_factory):
 def mixed(folder) -> list[str]:
     """Samples as JSON texts: every kind that can be used or not."""
     golden = [json.dumps(sample) for sample in json.loads((GOLDEN / "conversations.json").read_text())]
-    pictures = [conversation(image=name) for name in ("cut.jpg", "empty.jpg", "text.jpg", "nowhere.png", "moving.gif")]
+    images = [conversation(image=name) for name in ("cut.jpg", "empty.jpg", "text.jpg", "nowhere.png", "moving.gif")]
     many = conversation("<image>" * 30 + "\nCompare.", image=["good.png"] * 30)
     long = conversation(answer="word " * 600, image="good.png")
-    with_pictures = [json.dumps(one) for one in (*pictures, many, long)]
-    return [*golden, *(text for _, text in BAD[:20]), *with_pictures, *(text for _, text in BAD[20:])]
+    with_images = [json.dumps(one) for one in (*images, many, long)]
+    return [*golden, *(text for _, text in BAD[:20]), *with_images, *(text for _, text in BAD[20:])]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def seen(monkeypatch) -> list[int]:
     """The samples of all batches, in their order."""
     indices: list[int] = []
     batches: list[list[dict]] = []
-    call, collated = SafePictureCollator.__call__, SafePictureCollator._collated
+    call, collated = SafeImageCollator.__call__, SafeImageCollator._collated
 
     def noted(self, examples):
         batches.append(examples)
@@ -81,8 +81,8 @@ def seen(monkeypatch) -> list[int]:
         indices.extend(int(example["sample"]) for example in batches[-1])  # earlier ones may have been tries
         return batch
 
-    monkeypatch.setattr(SafePictureCollator, "_collated", noted)
-    monkeypatch.setattr(SafePictureCollator, "__call__", called)
+    monkeypatch.setattr(SafeImageCollator, "_collated", noted)
+    monkeypatch.setattr(SafeImageCollator, "__call__", called)
     return indices
 
 
@@ -92,7 +92,7 @@ def test_all_kinds_are_left_out_and_what_is_found_good_is_trained_on(start, fold
     report = check_data(file, folder, model=start, max_length=400, examples=1000)
     unusable = {one.sample for kind in UNUSABLE & set(report.counts) for one in report.problems[kind]}
     good = set(range(len(mixed))) - set(report.bad)
-    assert {"animated picture", "too long"} <= set(report.counts) and len(unusable) == len(BAD) + 5 and len(good) >= 8
+    assert {"animated image", "too long"} <= set(report.counts) and len(unusable) == len(BAD) + 5 and len(good) >= 8
 
     overrides = {**SHORT, "dataset_name": file, "image_folder": folder, "num_train_epochs": 2}
     trainer = run(RECIPE, start, tmp_path / "out", **overrides)
@@ -122,11 +122,11 @@ def test_other_ways_to_read_the_same_file(how, start, folder, mixed, seen, tmp_p
         # accelerate hands out what the first process reads, and takes batches of it apart
         overrides |= {"dataset_streaming": "true", "group_by_modality_length": "false"}
     else:
-        overrides |= {"image_aspect_ratio": "native", "group_by_picture_shape": "true"}
+        overrides |= {"image_aspect_ratio": "native", "group_by_image_shape": "true"}
     trainer = run(RECIPE, start, tmp_path / "out", **overrides)
     assert trainer.state.global_step == 8
     native = {"image_aspect_ratio": "native"} if how == "by shape" else None
-    report = check_data(file, folder, model=start, max_length=400, examples=1000, pictures=native)
+    report = check_data(file, folder, model=start, max_length=400, examples=1000, image_options=native)
     unusable = {one.sample for kind in UNUSABLE & set(report.counts) for one in report.problems[kind]}
     assert seen and not unusable & set(seen)
 
@@ -150,11 +150,11 @@ def test_the_first_bad_sample_ends_the_run_and_is_named(start, folder, tmp_path,
 
 
 def test_sizes_that_cannot_be_told_count_as_squares(monkeypatch, tmp_path):
-    """Before the first step, whatever is done about those pictures later."""
+    """Before the first step, whatever is done about those images later."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     told = {"unreadable": None, "empty": (0, 5), "tall": (128, 64)}
-    monkeypatch.setattr(shapes, "stored_size", lambda picture: told[picture["path"]])
+    monkeypatch.setattr(shapes, "stored_size", lambda image: told[image["path"]])
     rows = [{"images": [{"bytes": None, "path": name}]} for name in told]
-    dataset = datasets.Dataset.from_list(rows, features=datasets.Features({"images": PICTURES}))
+    dataset = datasets.Dataset.from_list(rows, features=datasets.Features({"images": IMAGES}))
     image_processor = make_processor(image_aspect_ratio="native").image_processor
-    assert shapes.picture_shapes(dataset, image_processor) == [[(2, 2)], [(2, 2)], [(2, 1)]]
+    assert shapes.image_shapes(dataset, image_processor) == [[(2, 2)], [(2, 2)], [(2, 1)]]

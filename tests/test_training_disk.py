@@ -17,7 +17,7 @@ from training_runs import RECIPES, arguments_of, run  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
 from convllava_hf.training import disk  # noqa: E402
-from convllava_hf.training.checkpoints import fault_of_checkpoint  # noqa: E402
+from convllava_hf.training.checkpoints import checkpoint_error  # noqa: E402
 
 
 STAGE_1 = RECIPES / "stage1_projector.yaml"
@@ -70,18 +70,18 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_whole(start, tm
     code = cli.main(["train", *arguments_of(STAGE_1, start, output, **SHORT, **PER_DEVICE)])
     assert code == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"convllava: error: There is no room for {output / 'checkpoint-3'}")
-    assert "are missing" in error and f"The last whole checkpoint is {output / 'checkpoint-2'}" in error
-    assert fault_of_checkpoint(output / "checkpoint-2") is None
-    assert fault_of_checkpoint(output / "checkpoint-3") is not None
+    assert error.startswith(f"convllava: error: There is no space left for {output / 'checkpoint-3'}")
+    assert "are missing" in error and f"The last complete checkpoint is {output / 'checkpoint-2'}" in error
+    assert checkpoint_error(output / "checkpoint-2") is None
+    assert checkpoint_error(output / "checkpoint-3") is not None
 
 
 def test_a_disk_without_room_for_one_checkpoint_is_warned_of_before_the_first_step(start, small_disk, capsys, caplog):
     folder = small_disk((start / "model.safetensors").stat().st_size // 2048)
     code = cli.main(["train", *arguments_of(STAGE_1, start, folder / "out", **SHORT, **PER_DEVICE)])
     assert code == 1
-    assert "There is no whole checkpoint yet" in capsys.readouterr().err
-    assert "saving will fail unless room is made" in caplog.text
+    assert "There is no complete checkpoint yet" in capsys.readouterr().err
+    assert "saving will fail unless space is freed" in caplog.text
 
 
 def test_the_last_save_too_ends_in_one_line(start, small_disk, capsys):
@@ -89,7 +89,7 @@ def test_the_last_save_too_ends_in_one_line(start, small_disk, capsys):
     without = {**SHORT, "save_strategy": "no", "max_steps": 1}
     assert cli.main(["train", *arguments_of(STAGE_1, start, folder / "out", **without, **PER_DEVICE)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"There is no room for {folder / 'out'}" in error and "are missing" in error
+    assert f"There is no space left for {folder / 'out'}" in error and "are missing" in error
 
 
 def full(path) -> OSError:
@@ -112,7 +112,7 @@ def test_any_file_may_be_the_one(name, start, tmp_path, monkeypatch, capsys):
     }[name]
     monkeypatch.setattr(where, no_room)
     assert cli.main(["train", *arguments_of(STAGE_1, start, output, **SHORT, **PER_DEVICE)]) == 1
-    assert f"There is no room for {output / name}" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"There is no space left for {output / name}" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_the_size_of_a_checkpoint_is_about_what_is_written(start, tmp_path):
@@ -156,6 +156,6 @@ for name, write in writers.items():
 
 
 def test_other_errors_stay_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="something else"), disk.telling_of_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), disk.reporting_full_disk(tmp_path):
         raise RuntimeError("something else")
     assert not disk.is_full_disk(PermissionError(errno.EACCES, "no", "file"))

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-# In pairs: what the first and the second process get in a step. Each of them is without pictures in some steps.
+# In pairs: what the first and the second process get in a step. Each of them is without images in some steps.
 PAIRS = ["one-turn", "text-only", "text-only", "three-turns", "grounding", "spaces", "text-only", "text-only"]
 MIXED = {
     "max_steps": 4,
@@ -61,7 +61,7 @@ NATIVE = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "save_strategy": "no",
-    "group_by_picture_shape": "true",
+    "group_by_image_shape": "true",
     "image_aspect_ratio": "native",
     "max_pixels": 14 * 64**2,
 }
@@ -111,13 +111,13 @@ def together(start, samples, tmp_path_factory) -> tuple[Path, dict[str, list[dic
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora"])
 def test_two_processes_train_as_one_does(name, together, start, samples, tmp_path):
-    """Whichever of them has pictures: losses, gradients and weights are those of one process with both's samples."""
+    """Whichever of them has images: losses, gradients and weights are those of one process with both's samples."""
     folder, told = together
     for rank in told[name]:
         assert (rank["processes"], rank["world"], rank["backend"]) == (2, 2, "gloo")
         assert rank["wrapper"] == "DistributedDataParallel"
-    pictures = [[count for ((_, count),) in rank["batches"][:4]] for rank in told[name]]
-    assert pictures == [[1, 0, 1, 0], [0, 1, 1, 0]]
+    images = [[count for ((_, count),) in rank["batches"][:4]] for rank in told[name]]
+    assert images == [[1, 0, 1, 0], [0, 1, 1, 0]]
 
     from convllava_hf.train import main
 
@@ -129,8 +129,8 @@ def test_two_processes_train_as_one_does(name, together, start, samples, tmp_pat
     assert_same_updates(folder / name, tmp_path / name, start, 1e-2)
 
 
-def test_native_pictures_by_shape_are_ordered_and_trained_as_by_one_process(together, start, samples, tmp_path):
-    """Each process pads to its own pictures, and one with both pads to both's."""
+def test_native_images_by_shape_are_ordered_and_trained_as_by_one_process(together, start, samples, tmp_path):
+    """Each process pads to its own images, and one with both pads to both's."""
     folder, told = together
     for rank in told["native"]:
         assert (rank["world"], rank["wrapper"]) == (2, "DistributedDataParallel")
@@ -170,27 +170,27 @@ def test_a_run_of_two_processes_is_resumed(together):
     assert_same_weights(folder / "cut", folder / "grouped")
 
 
-def test_broken_pictures_on_one_process_alone(start, golden, tmp_path):
+def test_broken_images_on_one_process_alone(start, golden, tmp_path):
     """With `skip` both go on, as one process does that has both's samples; with `error` both end, naming it."""
     data = (golden / "images" / "square.png").read_bytes()
     images = shutil.copytree(golden / "images", tmp_path / "images")
     (images / "cut.png").write_bytes(data[: len(data) // 2])
     names = ["text-only", "grounding", "one-turn", "three-turns", "text-only", "spaces", "text-only", "one-turn"]
     broken = {"dataset_name": some_samples(tmp_path, names, grounding="cut.png"), "image_folder": images}
-    skipping = {**MIXED, **broken, "on_bad_picture": "skip"}
+    skipping = {**MIXED, **broken, "on_bad_image": "skip"}
     recipe = RECIPES / f"{STAGES[2]}.yaml"
     alone = run(recipe, start, tmp_path / "alone", **{**skipping, **ALONE})
     assert alone.data_collator.skipped == 1
 
     runs = [
         {"arguments": arguments_of(recipe, start, tmp_path / "skip", **skipping)},
-        {"arguments": arguments_of(recipe, start, tmp_path / "error", **{**skipping, "on_bad_picture": "error"})},
+        {"arguments": arguments_of(recipe, start, tmp_path / "error", **{**skipping, "on_bad_image": "error"})},
     ]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     command = [*TORCHRUN, HERE / "distributed_training.py", tmp_path / "runs.json", tmp_path]
     with Started(command, tmp_path / "process", ACCELERATE_USE_CPU="true") as started:
         assert started.wait(timeout=120) != 0
-    assert "Sample 1 has a picture that cannot be read" in started.output
+    assert "Sample 1 has an image that cannot be read" in started.output
     assert str(images / "cut.png") in started.output
     assert not (tmp_path / "error" / "model.safetensors").exists()
     assert_same_updates(tmp_path / "skip", tmp_path / "alone", start, 1e-2)
@@ -213,7 +213,7 @@ def assert_same_steps(told: dict) -> None:
     """Losses, gradients and weights of both steps, and losses in evaluation, are those without sharding."""
     for rank, variants in enumerate(told["ranks"]):
         for variant in variants:
-            assert [step["picture"] for step in variant["steps"]] == [rank == 0, rank == 1]
+            assert [step["image"] for step in variant["steps"]] == [rank == 0, rank == 1]
             for step in variant["steps"]:
                 assert step["loss"][0] == pytest.approx(step["loss"][1], rel=1e-5)
                 assert step["gradients"] < 1e-4

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import TEXT_SHAPE, make_picture
-from parts import make_tower
+from conftest import TEXT_SHAPE, make_image
+from tiny_models import make_tower
 
 
 pytest.importorskip("trl")
@@ -47,7 +47,7 @@ def tower(tmp_path_factory):
 def data(tmp_path_factory):
     """Four short conversations, two of them with an image."""
     folder = tmp_path_factory.mktemp("data")
-    make_picture(90, 140).save(folder / "a.png")
+    make_image(90, 140).save(folder / "a.png")
     samples = [
         {
             **({"image": "a.png"} if number < 2 else {}),

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from conftest import GOLDEN, make_model, make_picture  # noqa: E402
+from conftest import GOLDEN, make_image, make_model  # noqa: E402
 from training_runs import (  # noqa: E402
     RECIPES,
     STAGES,
@@ -21,7 +21,7 @@ from training_runs import (  # noqa: E402
     logged,
     run,
     weights_of,
-    with_pictures_inside,
+    with_images_inside,
 )
 
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
@@ -153,7 +153,7 @@ def test_the_loss_is_measured_on_other_samples_too(kind, start, tmp_path):
     """Here on the same ones: before a step the loss is what the step then trains on."""
     more = {"eval_dataset_name": GOLDEN / "conversations.json"}
     if kind == "split":
-        more = {"dataset_name": with_pictures_inside(tmp_path / "data", "train", "test"), "image_folder": None}
+        more = {"dataset_name": with_images_inside(tmp_path / "data", "train", "test"), "image_folder": None}
     trainer = run(STAGE_2, start, tmp_path / "out", **WHOLE, **more, eval_strategy="steps", eval_steps=1)
     evaluated = logged(trainer, "eval_loss")
     assert len(evaluated) == 3
@@ -170,7 +170,7 @@ def test_what_could_only_be_measured_on_itself_is_refused(start, tmp_path):
 
 
 def test_every_batch_asks_for_the_same_weights_in_the_same_order(processor, monkeypatch):
-    """With pictures or without: ZeRO-3 gathers weights when they are asked for, from all processes at once."""
+    """With images or without: ZeRO-3 gathers weights when they are asked for, from all processes at once."""
     model = make_model().train()
     names = {id(module): name for name, module in model.named_modules()}
     own = torch.nn.Module.__getattr__
@@ -184,9 +184,9 @@ def test_every_batch_asks_for_the_same_weights_in_the_same_order(processor, monk
 
     monkeypatch.setattr(torch.nn.Module, "__getattr__", noted)
     orders = []
-    for text, pictures in (("<s>USER: <image>\nWhat? ASSISTANT: A sign.</s>", [make_picture()]), ("<s>Hi.</s>", None)):
+    for text, images in (("<s>USER: <image>\nWhat? ASSISTANT: A sign.</s>", [make_image()]), ("<s>Hi.</s>", None)):
         asked.clear()
-        inputs = processor(text=text, images=pictures, return_tensors="pt")
+        inputs = processor(text=text, images=images, return_tensors="pt")
         model(**inputs, labels=inputs["input_ids"])
         orders.append(list(asked))
     assert len(orders[0]) > 50

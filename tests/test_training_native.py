@@ -1,4 +1,4 @@
-"""Training with pictures in their own shapes: the same whichever are together, reproducible, kept for later."""
+"""Training with images in their own shapes: the same whichever are together, reproducible, kept for later."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
-from conftest import GOLDEN, make_picture, make_processor  # noqa: E402
+from conftest import GOLDEN, make_image, make_processor  # noqa: E402
 from training_runs import (  # noqa: E402
     RECIPES,
     STAGES,
@@ -22,7 +22,7 @@ from training_runs import (  # noqa: E402
     logged,
     run,
     some_samples,
-    with_pictures_inside,
+    with_images_inside,
 )
 
 from convllava_hf import ConvLlavaProcessor  # noqa: E402
@@ -31,14 +31,14 @@ from convllava_hf.data import load_training_data  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.modeling.image_processing_convllava import ConvLlavaImageProcessor  # noqa: E402
 from convllava_hf.training.arguments import check_arguments, make_parser  # noqa: E402
-from convllava_hf.training.shapes import picture_shapes, room_for  # noqa: E402
+from convllava_hf.training.shapes import image_shapes, max_grid  # noqa: E402
 from convllava_hf.training.trainer import sample_lengths  # noqa: E402
 
 
 STAGE_2 = RECIPES / f"{STAGES[2]}.yaml"
 NATIVE_2 = RECIPES.parent / "convllava-7b-1536" / "stage2_native.yaml"
-# At stride 64 the golden pictures become 2 x 6, 6 x 2, 3 x 4 and 4 x 3 tokens, and small ones.
-PICTURES = {"image_aspect_ratio": "native", "min_pixels": 2 * 64**2, "max_pixels": 14 * 64**2}
+# At stride 64 the golden images become 2 x 6, 6 x 2, 3 x 4 and 4 x 3 tokens, and small ones.
+IMAGES = {"image_aspect_ratio": "native", "min_pixels": 2 * 64**2, "max_pixels": 14 * 64**2}
 WHOLE = {
     "max_steps": 3,
     "warmup_steps": 0,
@@ -46,9 +46,9 @@ WHOLE = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "save_strategy": "no",
-    **PICTURES,
+    **IMAGES,
 }
-PAIRS = {**WHOLE, "max_steps": 6, "per_device_train_batch_size": 2, "group_by_picture_shape": "true"}
+PAIRS = {**WHOLE, "max_steps": 6, "per_device_train_batch_size": 2, "group_by_image_shape": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def data():
 
 
 def seen_batches(trainer) -> list[list[list[int]]]:
-    """The sizes of the pictures of each of the trainer's batches, in pixels."""
+    """The sizes of the images of each of the trainer's batches, in pixels."""
     return [batch["image_sizes"].tolist() for batch in trainer.get_train_dataloader() if "image_sizes" in batch]
 
 
-# --- the same, however pictures are put together
+# --- the same, however images are put together
 
 
 @pytest.mark.parametrize("size, steps", [(2, 4), pytest.param(1, 8, marks=pytest.mark.slow)])
@@ -88,8 +88,8 @@ def test_what_is_padded_in_a_batch_changes_nothing(size, steps, whole, start, tm
 
 @pytest.mark.slow
 def test_squares_are_another_training(whole, start, tmp_path):
-    """So the keys of the recipe reach the pictures."""
-    squares = run(STAGE_2, start, tmp_path / "out", **{key: WHOLE[key] for key in WHOLE if key not in PICTURES})
+    """So the keys of the recipe reach the images."""
+    squares = run(STAGE_2, start, tmp_path / "out", **{key: WHOLE[key] for key in WHOLE if key not in IMAGES})
     assert {tuple(size) for batch in seen_batches(squares) for size in batch} == {(320, 320)}
     assert not np.allclose(logged(squares, "loss"), logged(whole, "loss"), rtol=1e-3)
 
@@ -112,13 +112,13 @@ def test_runs_by_shape_are_the_same_again_and_resumed(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures_of_a_batch_are_alike(start, tmp_path):
+def test_images_of_a_batch_are_alike(start, tmp_path):
     """Tall and wide ones: of the sixteen samples that are looked at together, one batch at most has both."""
     file = some_samples(tmp_path, ["one-turn", "image-last"] * 32)
     options = {**PAIRS, "dataset_name": file, "max_steps": 1, "per_device_train_batch_size": 4}
     alike = run(STAGE_2, start, tmp_path / "alike", **options)
     assert sum(len({tuple(size) for size in batch}) == 2 for batch in seen_batches(alike)) <= 4
-    chance = {"group_by_picture_shape": "false", "group_by_modality_length": "false"}
+    chance = {"group_by_image_shape": "false", "group_by_modality_length": "false"}
     mixed = run(STAGE_2, start, tmp_path / "mixed", **{**options, **chance})
     assert sum(len({tuple(size) for size in batch}) == 2 for batch in seen_batches(mixed)) > 4
 
@@ -126,23 +126,23 @@ def test_pictures_of_a_batch_are_alike(start, tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_shapes_from_headers_are_those_that_the_tower_sees(inside, data, tmp_path):
     if inside:
-        data = load_training_data(with_pictures_inside(tmp_path / "parquet", "train"))
-    processor = make_processor(**PICTURES)
-    shapes = picture_shapes(data, processor.image_processor)
+        data = load_training_data(with_images_inside(tmp_path / "parquet", "train"))
+    processor = make_processor(**IMAGES)
+    shapes = image_shapes(data, processor.image_processor)
     for sample, grids in zip(data, shapes, strict=True):
         sizes = processor.image_processor(sample["images"])["image_sizes"] if sample["images"] else []
         assert grids == [(height // 64, width // 64) for height, width in sizes]
-    lengths, has_picture = sample_lengths(data, processor, shapes)
-    plain, _ = sample_lengths(data, make_processor(64))  # one token for each picture
+    lengths, has_image = sample_lengths(data, processor, shapes)
+    plain, _ = sample_lengths(data, make_processor(64))  # one token for each image
     expected = [one - len(grids) + sum(r * c for r, c in grids) for one, grids in zip(plain, shapes, strict=True)]
-    assert lengths == expected and has_picture == [bool(grids) for grids in shapes]
-    assert [room_for(grids) for grids in shapes] == [grids[0] if grids else (0, 0) for grids in shapes]
-    assert room_for([(2, 6), (5, 1)]) == (5, 6)
+    assert lengths == expected and has_image == [bool(grids) for grids in shapes]
+    assert [max_grid(grids) for grids in shapes] == [grids[0] if grids else (0, 0) for grids in shapes]
+    assert max_grid([(2, 6), (5, 1)]) == (5, 6)
 
 
-def test_pictures_are_measured_as_they_are_turned_and_broken_ones_count_as_squares(tmp_path, caplog):
+def test_images_are_measured_as_they_are_turned_and_broken_ones_count_as_squares(tmp_path, caplog):
     from datasets import Dataset, Features, List
-    from datasets import Image as Picture
+    from datasets import Image as ImageFeature
 
     def encoded(image: Image.Image, kind: str, orientation: int = 1) -> dict:
         exif, buffer = Image.Exif(), io.BytesIO()
@@ -150,33 +150,33 @@ def test_pictures_are_measured_as_they_are_turned_and_broken_ones_count_as_squar
         image.save(buffer, kind, exif=exif)
         return {"bytes": buffer.getvalue(), "path": None}
 
-    wide = make_picture(64, 256)
+    wide = make_image(64, 256)
     rows = [
         [encoded(wide, "JPEG"), encoded(wide, "JPEG", 6)],
         [encoded(wide, "PNG", 8), encoded(wide, "WEBP", 5)],
-        [{"bytes": b"no picture", "path": None}, {"bytes": None, "path": str(tmp_path / "missing.png")}],
+        [{"bytes": b"no image", "path": None}, {"bytes": None, "path": str(tmp_path / "missing.png")}],
         [],
     ]
-    data = Dataset.from_dict({"images": rows}, features=Features({"images": List(Picture(decode=False))}))
-    processor = ConvLlavaImageProcessor(**PICTURES, size=128)
-    shapes = picture_shapes(data, processor)
+    data = Dataset.from_dict({"images": rows}, features=Features({"images": List(ImageFeature(decode=False))}))
+    processor = ConvLlavaImageProcessor(**IMAGES, size=128)
+    shapes = image_shapes(data, processor)
     assert shapes == [[(1, 4), (4, 1)], [(4, 1), (4, 1)], [(2, 2), (2, 2)], []]
-    assert "sizes of 2 pictures could not be read" in caplog.text
+    assert "sizes of 2 images could not be read" in caplog.text
 
 
 # --- what is kept
 
 
-def test_the_checkpoint_keeps_how_it_saw_pictures(whole, start, tmp_path, capsys):
+def test_the_checkpoint_keeps_how_it_saw_images(whole, start, tmp_path, capsys):
     folder = Path(whole.args.output_dir)
     processor = ConvLlavaProcessor.from_pretrained(folder)
-    assert {key: getattr(processor.image_processor, key) for key in PICTURES} == PICTURES
-    assert json.loads((folder / "training_record.json").read_text())["stages"][-1]["pictures"] == PICTURES
+    assert {key: getattr(processor.image_processor, key) for key in IMAGES} == IMAGES
+    assert json.loads((folder / "training_record.json").read_text())["stages"][-1]["images"] == IMAGES
     argv = ["ask", str(folder), str(GOLDEN / "images" / "wide.png"), "What?", "--json", "--max-new-tokens", "2"]
     assert command(argv) == 0
     assert json.loads(capsys.readouterr().out)["visual_tokens"] == 12
     # The next stage goes on with them, unless its recipe says otherwise.
-    following = run(STAGE_2, folder, tmp_path / "next", **{key: WHOLE[key] for key in WHOLE if key not in PICTURES})
+    following = run(STAGE_2, folder, tmp_path / "next", **{key: WHOLE[key] for key in WHOLE if key not in IMAGES})
     assert [sorted(batch) for batch in seen_batches(following)] == [sorted(batch) for batch in seen_batches(whole)]
 
 
@@ -217,7 +217,7 @@ def test_shapes_must_be_known_before_the_first_step(values, message, tmp_path):
         check_arguments(*make_parser().parse_args_and_config(arguments))
 
 
-def test_pictures_that_cannot_be_are_refused_before_the_model_is_loaded(start, tmp_path, monkeypatch):
+def test_images_that_cannot_be_are_refused_before_the_model_is_loaded(start, tmp_path, monkeypatch):
     monkeypatch.setattr("convllava_hf.train._load_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(ConvLlavaError, match="preset is 'huge', expected one of tiny"):
         run(STAGE_2, start, tmp_path / "out", preset="huge", max_steps=1)

@@ -17,10 +17,10 @@ from trl import ModelConfig  # noqa: E402
 
 from convllava_hf.publish import About  # noqa: E402
 from convllava_hf.publish.card import CardInput, render_card  # noqa: E402
-from convllava_hf.publish.checks import check_files  # noqa: E402
-from convllava_hf.publish.files import stage  # noqa: E402
-from convllava_hf.record import read_record  # noqa: E402
-from convllava_hf.training.record import record_before  # noqa: E402
+from convllava_hf.publish.preflight import check_files  # noqa: E402
+from convllava_hf.publish.staging import stage  # noqa: E402
+from convllava_hf.training.recording import record_before  # noqa: E402
+from convllava_hf.training_record import read_record  # noqa: E402
 
 
 FEW = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}

@@ -24,7 +24,7 @@ from training_runs import (  # noqa: E402
     options,
     run,
     weights_of,
-    with_pictures_inside,
+    with_images_inside,
 )
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
@@ -32,7 +32,7 @@ from convllava_hf.cli import main as command  # noqa: E402
 
 
 FEW = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_strategy": "no"}
-PICTURE = GOLDEN / "images" / "photo.jpg"
+IMAGE = GOLDEN / "images" / "photo.jpg"
 QUESTION = "What is on the sign?"
 
 
@@ -78,7 +78,7 @@ def test_the_output_is_a_checkpoint_and_nothing_else(chain, converted_checkpoint
 def test_convllava_ask_answers_with_every_stage(chain, capsys):
     for folder in chain.values():
         capsys.readouterr()
-        assert command(["ask", str(folder), str(PICTURE), QUESTION, "--json", "--max-new-tokens", "4"]) == 0
+        assert command(["ask", str(folder), str(IMAGE), QUESTION, "--json", "--max-new-tokens", "4"]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert answer["visual_tokens"] == 25
         assert 1 <= answer["new_tokens"] <= 4
@@ -95,7 +95,7 @@ result = {
 }
 """,
         folders=list(map(str, chain.values())),
-        picture=PICTURE,
+        image=IMAGE,
         question=QUESTION,
     )
     for folder, answer in told.items():
@@ -109,7 +109,7 @@ result = {
 
 
 def ask(processor) -> dict:
-    content = [{"type": "image", "image": Image.open(PICTURE)}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image", "image": Image.open(IMAGE)}, {"type": "text", "text": QUESTION}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -148,7 +148,7 @@ def test_an_adapter_is_merged_where_the_recipe_says_so(converted_checkpoint, tmp
     projector = "model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(weights_of(output / "merged")[projector], weights_of(start)[projector])  # saved along
     assert weights_of(output / "merged").keys() == weights_of(start).keys()
-    assert command(["ask", str(output / "merged"), str(PICTURE), QUESTION, "--max-new-tokens", "2"]) == 0
+    assert command(["ask", str(output / "merged"), str(IMAGE), QUESTION, "--max-new-tokens", "2"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_trl_s_own_command_takes_the_recipe(converted_checkpoint, tmp_path):
     start, output = converted_checkpoint("stage3"), tmp_path / "out"
     values = {
         "model_name_or_path": start,
-        "dataset_name": with_pictures_inside(tmp_path / "data", "train"),
+        "dataset_name": with_images_inside(tmp_path / "data", "train"),
         "output_dir": output,
         "logging_steps": 1,
         "dataloader_num_workers": 0,

@@ -1,4 +1,4 @@
-"""Runs that are killed, whose disk fills up or whose pictures are broken: what is left, and how they go on."""
+"""Runs that are killed, whose disk fills up or whose images are broken: what is left, and how they go on."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ from training_runs import (  # noqa: E402
 )
 
 from convllava_hf.cli import main as command  # noqa: E402
-from convllava_hf.data.pictures import PictureError  # noqa: E402
+from convllava_hf.data.collator import TrainingImageError  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 
 
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_the_run_and_the_last_whole_checkpoint_is_used(start, u
         tmp_path / "b",
     ) as resumed:
         told = resumed.succeed()
-    assert f"{newest} is not whole" in told
+    assert f"{newest} is incomplete" in told
     assert told.count("'loss':") == STEPS - resumed_from(told)  # no step is trained again
     assert losses_of(output) == losses_of(uninterrupted("full"))
     assert_same_weights(output, uninterrupted("full"))
@@ -160,7 +160,7 @@ def test_cut_off_checkpoints_are_passed_over(names, start, short, tmp_path, capl
     resumed = run(STAGE_2, start, output, **SHORT, save_total_limit=5, resume_from_checkpoint="true")
     said = [record.getMessage() for record in caplog.records if "checkpoint-" in record.getMessage()]
     for step, name in zip((6, 4), names, strict=False):
-        assert any(f"checkpoint-{step} is not whole ({name} is cut off)" in line for line in said)
+        assert any(f"checkpoint-{step} is incomplete ({name} is cut off)" in line for line in said)
     assert any(line.endswith(f"checkpoint-{6 - 2 * len(names)}.") and "Resuming from" in line for line in said)
     assert {row["step"]: row["loss"] for row in resumed.state.log_history if "loss" in row} == losses_of(short)
     assert_same_weights(output, short)
@@ -172,8 +172,8 @@ def test_without_a_whole_checkpoint_the_run_starts_anew(start, short, tmp_path, 
     (output / "checkpoint-2").mkdir(parents=True)
     run(STAGE_2, start, output, **SHORT, resume_from_checkpoint="true")
     said = [record.getMessage() for record in caplog.records]
-    assert any("checkpoint-2 is not whole" in line for line in said)
-    assert any("starting anew" in line for line in said)
+    assert any("checkpoint-2 is incomplete" in line for line in said)
+    assert any("starting from the beginning" in line for line in said)
     assert_same_weights(output, short)
 
 
@@ -198,12 +198,12 @@ def test_a_checkpoint_that_is_not_there_is_refused(start, tmp_path):
         run(STAGE_2, start, tmp_path / "out", **SHORT, resume_from_checkpoint=tmp_path / "out" / "checkpoint-7")
 
 
-# --- broken pictures
+# --- broken images
 
 
 @pytest.fixture
 def broken(golden, tmp_path) -> dict:
-    """Eight samples; the picture of the one with index 2 is a PNG cut off in the middle."""
+    """Eight samples; the image of the one with index 2 is a PNG cut off in the middle."""
     images = tmp_path / "images"
     shutil.copytree(golden / "images", images)
     data = (images / "photo.jpg").read_bytes()
@@ -213,27 +213,27 @@ def broken(golden, tmp_path) -> dict:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_ends_the_run_and_is_named(workers, start, broken, tmp_path, capfd):
-    arguments = {**SHORT, **broken, "on_bad_picture": "error", "dataloader_num_workers": workers}
+def test_a_broken_image_ends_the_run_and_is_named(workers, start, broken, tmp_path, capfd):
+    arguments = {**SHORT, **broken, "on_bad_image": "error", "dataloader_num_workers": workers}
     assert command(["train", *arguments_of(STAGE_2, start, tmp_path / "out", **arguments)]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("convllava: error:")]
     assert "Sample 2 " in line
     assert str(broken["image_folder"] / "cut.jpg") in line
-    assert "on_bad_picture: skip" in line
+    assert "on_bad_image: skip" in line
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_skipping_is_the_same_in_every_run(start, broken, tmp_path, caplog):
     """Twice the same, once with workers, and once resumed in the middle."""
-    first = run(STAGE_2, start, tmp_path / "first", **SHORT, **broken, on_bad_picture="skip")
+    first = run(STAGE_2, start, tmp_path / "first", **SHORT, **broken, on_bad_image="skip")
     assert first.data_collator.skipped == 2  # six steps of two samples are one and a half epochs
     assert sum("cut.jpg" in record.getMessage() for record in caplog.records) == 2
     assert all(torch.isfinite(torch.tensor(logged(first, "loss"))))
     for name, more in {"again": {}, "workers": {"dataloader_num_workers": 2}}.items():
-        again = run(STAGE_2, start, tmp_path / name, **SHORT, **broken, on_bad_picture="skip", **more)
+        again = run(STAGE_2, start, tmp_path / name, **SHORT, **broken, on_bad_image="skip", **more)
         assert logged(again, "loss") == logged(first, "loss")
         assert_same_weights(tmp_path / name, tmp_path / "first")
-    cut = {**SHORT, "save_total_limit": 5, "on_bad_picture": "skip", **broken}
+    cut = {**SHORT, "save_total_limit": 5, "on_bad_image": "skip", **broken}
     run(STAGE_2, start, tmp_path / "cut", **cut)
     for step in (6, 4):
         (tmp_path / "cut" / f"checkpoint-{step}" / "trainer_state.json").unlink()
@@ -242,7 +242,7 @@ def test_skipping_is_the_same_in_every_run(start, broken, tmp_path, caplog):
     assert_same_weights(tmp_path / "cut", tmp_path / "first")
 
 
-def test_too_many_broken_pictures_end_the_run(start, broken, tmp_path):
-    with pytest.raises(PictureError, match="allows 1 for a process .max_bad_pictures.*cut.jpg"):
-        run(STAGE_2, start, tmp_path / "out", **SHORT, **broken, on_bad_picture="skip", max_bad_pictures=1)
+def test_too_many_broken_images_end_the_run(start, broken, tmp_path):
+    with pytest.raises(TrainingImageError, match="allows 1 for a process .max_bad_images.*cut.jpg"):
+        run(STAGE_2, start, tmp_path / "out", **SHORT, **broken, on_bad_image="skip", max_bad_images=1)
     assert weights_of(tmp_path / "out" / "checkpoint-2")

@@ -20,14 +20,14 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling  # noq
 
 LABELS = json.loads((GOLDEN / "labels.json").read_text())
 SAMPLES = {sample["id"]: sample for sample in json.loads((GOLDEN / "conversations.json").read_text())}
-TOKENS = 25  # visual tokens of a picture
-PICTURE = -200  # the original's single id for a picture
+TOKENS = 25  # visual tokens of an image
+IMAGE = -200  # the original's single id for an image
 
 
 def as_example(sample: dict) -> dict:
     """LLaVA's JSON as TRL takes it, read as the original reads it.
 
-    A turn of the model's before the first of a human's is dropped. Of a text with a picture, the picture goes to the
+    A turn of the model's before the first of a human's is dropped. Of a text with an image, the image goes to the
     front on a line of its own, wherever it stood, and the rest is stripped.
     """
     roles = {"human": "user", "gpt": "assistant"}
@@ -36,21 +36,21 @@ def as_example(sample: dict) -> dict:
         turns = turns[1:]
     messages = []
     for turn in turns:
-        text, pictures = turn["value"], turn["value"].count("<image>")
-        if pictures:
+        text, places = turn["value"], turn["value"].count("<image>")
+        if places:
             text = text.replace("<image>", "").strip()
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+        content = [{"type": "image"}] * places + [{"type": "text", "text": text}]
         messages.append({"role": roles[turn["from"]], "content": content})
     images = [Image.open(GOLDEN / "images" / sample["image"])] if "image" in sample else []
     return {"messages": messages, "images": images}
 
 
 def expand(row: list[int], ids: list[int], placeholder: int) -> list[int]:
-    """A row of the original's with a picture's single place made as many as the picture has visual tokens."""
+    """A row of the original's with an image's single place made as many as the image has visual tokens."""
     return [
         one
         for token, value in zip(ids, row, strict=True)
-        for one in ([placeholder] * TOKENS if token == PICTURE else [value])
+        for one in ([placeholder] * TOKENS if token == IMAGE else [value])
     ]
 
 
@@ -79,7 +79,7 @@ def test_ids_and_labels_are_the_originals(collator, processor, name):
     assert ("pixel_values" in batch) == ("image" in SAMPLES[name])
 
 
-def test_a_batch_of_samples_with_and_without_pictures(collator, processor):
+def test_a_batch_of_samples_with_and_without_images(collator, processor):
     """All samples at once, padded right: each row is what the sample gives alone."""
     batch = collator([as_example(sample) for sample in SAMPLES.values()])
     assert len(batch["pixel_values"]) == len(batch["image_sizes"]) == 7
@@ -127,10 +127,10 @@ def test_prompts_and_completions(processor, folder):
     assert torch.isfinite(loss)
 
 
-def test_a_limit_that_would_cut_a_picture_is_refused(processor):
-    """TRL's max_length truncates; it may not leave a picture with some of its places."""
+def test_a_limit_that_would_cut_an_image_is_refused(processor):
+    """TRL's max_length truncates; it may not leave an image with some of its places."""
     example = as_example(SAMPLES["one-turn"])
-    first = LABELS["one-turn"]["input_ids"].index(PICTURE)
+    first = LABELS["one-turn"]["input_ids"].index(IMAGE)
     with pytest.raises(ValueError, match="visual tokens"):
         DataCollatorForVisionLanguageModeling(processor, max_length=first + 10, assistant_only_loss=True)([example])
     batch = DataCollatorForVisionLanguageModeling(processor, max_length=first + 30, assistant_only_loss=True)(
@@ -155,7 +155,7 @@ def test_the_trainer_takes_a_path_and_the_checkpoints_own_code(folder, tmp_path)
                     {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]},
                     {"role": "assistant", "content": [{"type": "text", "text": f"A sign {number}."}]},
                 ],
-                "images": [values["picture"]],
+                "images": [values["image"]],
             }
             for number in range(4)
         ]
@@ -195,7 +195,7 @@ def test_the_trainer_takes_a_path_and_the_checkpoints_own_code(folder, tmp_path)
         folder=folder,
         output=tmp_path / "output",
         saved=tmp_path / "saved",
-        picture=GOLDEN / "images" / "square.png",
+        image=GOLDEN / "images" / "square.png",
     )
     assert not found["package"]
     assert found["model"].startswith("transformers_modules.") and found["processor"].startswith(

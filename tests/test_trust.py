@@ -14,7 +14,7 @@ for name in ("trl", "datasets", "rapidfuzz", "scipy"):
     pytest.importorskip(name)
 
 from benchmark_data import make  # noqa: E402
-from conftest import GOLDEN, make_picture  # noqa: E402
+from conftest import GOLDEN, make_image  # noqa: E402
 from training_runs import RECIPES, arguments_of, run  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
@@ -82,7 +82,7 @@ def commands(model: Path, folder: Path, benchmark: Path) -> dict[str, list]:
         "eval": ["eval", model, "--benchmark", "pope", "--data", benchmark, "--limit", "1", "--output", output],
         "data check": ["data", "check", *data, "--workers", "1"],
         "data inspect": ["data", "inspect", *data, "--index", "0"],
-        "bench": ["bench", model, "--sizes", "64x64", "--new-tokens", "1", "--repeats", "1", "--device", "cpu"],
+        "profile": ["profile", model, "--sizes", "64x64", "--new-tokens", "1", "--repeats", "1", "--device", "cpu"],
         "train": ["train", *arguments_of(RECIPES / "stage1_projector.yaml", model, folder / "trained", **TRAIN)],
         "lora": ["train", *arguments_of(RECIPES / "lora.yaml", model, folder / "adapted", **TRAIN)],
         "convert": ["convert", model, folder / "converted"],
@@ -127,7 +127,7 @@ def test_the_flag_runs_it(name, converted_checkpoint, benchmark, served, termina
 def test_the_flag_takes_the_checkpoint_s_generate(converted_checkpoint, terminal, tmp_path):
     one = Hostile(tmp_path / "model", converted_checkpoint("stage3"), tmp_path / "RAN")
     generation(one)
-    messages = [user_turn("What is this?", [make_picture()])]
+    messages = [user_turn("What is this?", [make_image()])]
     with pytest.raises(ConvLlavaError, match="custom_generate/generate.py"):
         load(one.folder, device="cpu", dtype="float32")
     assert one.ran == ""
@@ -138,7 +138,7 @@ def test_the_flag_takes_the_checkpoint_s_generate(converted_checkpoint, terminal
 
 
 def test_with_the_flag_an_ordinary_checkpoint_answers_as_without(checkpoint):
-    messages = [user_turn("What is this?", [make_picture()])]
+    messages = [user_turn("What is this?", [make_image()])]
     answers = [
         load(checkpoint, device="cpu", dtype="float32", trust_remote_code=trust).answer(messages, max_new_tokens=8)
         for trust in (False, True)
@@ -156,7 +156,7 @@ def test_what_was_left_aside_is_named(converted_checkpoint, tmp_path, caplog):
 
 @pytest.mark.parametrize("place", ["generate", "attention"])
 def test_what_transformers_runs_unasked_is_refused_of_a_language_model_too(place, tmp_path):
-    from parts import make_language_model, make_tower
+    from tiny_models import make_language_model, make_tower
 
     folder, tower = make_language_model(tmp_path / "text"), make_tower(tmp_path / "tower")
     if place == "generate":
@@ -171,7 +171,7 @@ def test_what_transformers_runs_unasked_is_refused_of_a_language_model_too(place
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_a_language_model_with_code_of_its_own_is_not_assembled(part, tmp_path, terminal):
-    from parts import make_language_model, make_tower
+    from tiny_models import make_language_model, make_tower
 
     folder, tower = tmp_path / "text", tmp_path / "tower"
     make_language_model(folder)

@@ -28,18 +28,18 @@ def test_features_and_names_are_those_of_convnext(stages):
 
 
 @pytest.mark.parametrize("stages", [4, 5])
-def test_pictures_of_different_sizes_get_the_features_they_get_alone(stages):
+def test_images_of_different_sizes_get_the_features_they_get_alone(stages):
     tower = make_tower(depths=(1, 1, 2, 1, 2)[:stages])
     stride = tower.stride
     sizes = [(3 * stride, stride), (stride, 4 * stride), (2 * stride, 2 * stride), (3 * stride, 4 * stride)]
-    pictures = [torch.randn(3, *size) for size in sizes]
+    images = [torch.randn(3, *size) for size in sizes]
     batch = 7 * torch.randn(4, 3, 3 * stride, 4 * stride)  # whatever lies in the padding must not matter
-    for row, picture in zip(batch, pictures, strict=True):
-        row[:, : picture.shape[1], : picture.shape[2]] = picture
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
     with torch.no_grad():
         together = tower(batch, image_sizes=torch.tensor(sizes)).last_hidden_state
-        for features, picture, (height, width) in zip(together, pictures, sizes, strict=True):
-            alone = tower(picture[None]).last_hidden_state[0]
+        for features, image, (height, width) in zip(together, images, sizes, strict=True):
+            alone = tower(image[None]).last_hidden_state[0]
             ours = features[:, : height // stride, : width // stride]
             torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
         plain = tower(batch).last_hidden_state[0, :, :3, :1]
@@ -59,20 +59,18 @@ def test_mixed_batch_runs_the_tower_once(monkeypatch):
     assert calls == [(3, 3, 128, 192)]
 
 
-def test_projected_tokens_of_a_mixed_batch_are_those_of_each_picture():
+def test_projected_tokens_of_a_mixed_batch_are_those_of_each_image():
     model = make_model()
     sizes = [(64, 192), (128, 64)]
-    pictures = [torch.randn(1, 3, *size) for size in sizes]
+    images = [torch.randn(1, 3, *size) for size in sizes]
     batch = torch.zeros(2, 3, 128, 192)
-    for row, picture in zip(batch, pictures, strict=True):
-        row[:, : picture.shape[2], : picture.shape[3]] = picture[0]
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[2], : image.shape[3]] = image[0]
     with torch.no_grad():
         together = model.get_image_features(batch, torch.tensor(sizes)).pooler_output
         assert [tuple(tokens.shape) for tokens in together] == [(3, 32), (2, 32)]
-        for tokens, picture in zip(together, pictures, strict=True):
-            torch.testing.assert_close(
-                tokens, model.get_image_features(picture).pooler_output[0], atol=1e-5, rtol=1e-5
-            )
+        for tokens, image in zip(together, images, strict=True):
+            torch.testing.assert_close(tokens, model.get_image_features(image).pooler_output[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -126,7 +124,7 @@ def test_stochastic_depth_grows_with_the_depth():
     [
         ((1, 3, 100, 128), None, "100 x 128.*stride of 64"),
         ((1, 3, 128, 128), [[100, 128]], "100 x 128.*stride of 64"),
-        ((1, 3, 128, 128), [[192, 128]], "image_sizes names a picture of 192 x 128"),
+        ((1, 3, 128, 128), [[192, 128]], "image_sizes names an image of 192 x 128"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, sizes, message):

@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-from conftest import make_picture
+from conftest import make_image
 
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import assistant_turn, load, user_turn
@@ -65,13 +65,13 @@ def kit(monkeypatch):
 @pytest.fixture
 def paths(tmp_path) -> list[str]:
     for number in range(2):
-        make_picture(seed=number).save(tmp_path / f"{number}.png")
+        make_image(seed=number).save(tmp_path / f"{number}.png")
     return [str(tmp_path / f"{number}.png") for number in range(2)]
 
 
 @pytest.fixture
-def pictures() -> list:
-    return [make_picture(seed=number) for number in range(2)]
+def images() -> list:
+    return [make_image(seed=number) for number in range(2)]
 
 
 @pytest.fixture
@@ -86,28 +86,28 @@ def answer(checkpoint):
     return lambda *turns, **options: assistant.answer(list(turns), max_new_tokens=8, **options).text.strip()
 
 
-def test_messages_are_answered_in_their_order(convllava, answer, paths, pictures):
+def test_messages_are_answered_in_their_order(convllava, answer, paths, images):
     one = [{"type": "image", "value": paths[0]}, {"type": "text", "value": "What is this?"}]
-    expected = answer(user_turn("What is this?", pictures[:1]))
+    expected = answer(user_turn("What is this?", images[:1]))
     assert convllava.generate(one) == convllava.generate([paths[0], "What is this?"]) == expected
-    assert convllava.generate("No picture") == answer(user_turn("No picture"))
-    assert convllava.INTERLEAVE  # else VLMEvalKit might show the first picture alone
+    assert convllava.generate("No image") == answer(user_turn("No image"))
+    assert convllava.INTERLEAVE  # else VLMEvalKit might show the first image alone
     mixed = ["First", paths[0], "then", paths[1], "Which?"]
-    expected = answer(user_turn("First<image>then<image>Which?", pictures))
+    expected = answer(user_turn("First<image>then<image>Which?", images))
     assert convllava.generate(mixed) == expected != convllava.generate(["First", paths[1], "then", paths[0], "Which?"])
 
 
-def test_conversations_go_on(convllava, answer, paths, pictures):
+def test_conversations_go_on(convllava, answer, paths, images):
     first = {"role": "user", "content": [paths[0], "What is this?"]}
     said = {"role": "assistant", "content": "A sign."}
     then = {"role": "user", "content": "Are you sure?"}
-    expected = answer(user_turn("What is this?", pictures[:1]), assistant_turn("A sign."), user_turn("Are you sure?"))
+    expected = answer(user_turn("What is this?", images[:1]), assistant_turn("A sign."), user_turn("Are you sure?"))
     assert convllava.chat([first, said, then]) == expected != convllava.chat([first])
     system = {"role": "system", "content": "Be brief."}
     assert convllava.chat([system, first]) != convllava.chat([first])
 
 
-def test_multiple_choice_is_asked_for_a_letter(convllava, answer, paths, pictures):
+def test_multiple_choice_is_asked_for_a_letter(convllava, answer, paths, images):
     assert convllava.use_custom_prompt("MMBench_DEV_EN") and not convllava.use_custom_prompt("TextVQA_VAL")
     convllava.set_dump_image(lambda line: [paths[line["index"]]])
     line = {"index": 1, "hint": float("nan"), "question": "Which?", "A": "red", "B": "blue", "C": None, "answer": "B"}
@@ -115,17 +115,17 @@ def test_multiple_choice_is_asked_for_a_letter(convllava, answer, paths, picture
     text = "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
     assert message == [{"type": "image", "value": paths[1]}, {"type": "text", "value": text}]
     assert convllava.build_prompt({**line, "hint": "Look"}, "MMBench_DEV_EN")[1]["value"] == f"Look\n{text}"
-    assert convllava.generate(message, dataset="MMBench_DEV_EN") == answer(user_turn(text, pictures[1:]))
+    assert convllava.generate(message, dataset="MMBench_DEV_EN") == answer(user_turn(text, images[1:]))
 
 
-def test_the_size_of_pictures_is_followed(kit, checkpoint, answer, paths, pictures):
-    small = kit.ConvLlava(str(checkpoint), max_new_tokens=8, device="cpu", dtype="float32", pictures={"size": 64})
-    turn = user_turn("What is this?", pictures[:1])
+def test_the_size_of_images_is_followed(kit, checkpoint, answer, paths, images):
+    small = kit.ConvLlava(str(checkpoint), max_new_tokens=8, device="cpu", dtype="float32", image_options={"size": 64})
+    turn = user_turn("What is this?", images[:1])
     assert small.generate([paths[0], "What is this?"]) == answer(turn, images_kwargs={"size": 64}) != answer(turn)
 
 
-def test_what_is_no_picture_is_refused(convllava, tmp_path):
-    with pytest.raises(ConvLlavaError, match="Cannot read the picture"):
+def test_what_is_no_image_is_refused(convllava, tmp_path):
+    with pytest.raises(ConvLlavaError, match="Cannot read the image"):
         convllava.generate([str(tmp_path / "missing.png"), "What is this?"])
     with pytest.raises(ConvLlavaError, match="holds video"):
         convllava.generate_inner([{"type": "video", "value": "film.mp4"}])

@@ -88,7 +88,7 @@ def assert_same_updates(ours: Path, theirs: Path, start: Path, tolerance: float)
         assert (ours[name] - expected).norm() <= tolerance * update.norm(), name
 
 
-def with_pictures_inside(folder: Path, *splits: str) -> Path:
+def with_images_inside(folder: Path, *splits: str) -> Path:
     """The golden samples as a folder of parquet, as the Hub has them: `messages`, and `images` as bytes."""
     from datasets import Features, Image, List
 
@@ -106,12 +106,12 @@ def with_pictures_inside(folder: Path, *splits: str) -> Path:
     return folder
 
 
-def some_samples(folder: Path, names: Iterable[str], **pictures: str) -> Path:
-    """A file with these of the golden conversations in this order; `pictures` names other files for some."""
+def some_samples(folder: Path, names: Iterable[str], **images: str) -> Path:
+    """A file with these of the golden conversations in this order; `images` names other files for some."""
     known = {sample["id"]: sample for sample in json.loads((GOLDEN / "conversations.json").read_text())}
     samples = [{**known[name], "id": f"{name}-{number}"} for number, name in enumerate(names)]
     for sample in samples:
-        if (other := pictures.get(sample["id"].rpartition("-")[0].replace("-", "_"))) is not None:
+        if (other := images.get(sample["id"].rpartition("-")[0].replace("-", "_"))) is not None:
             sample["image"] = other
     file = folder / "samples.json"
     file.write_text(json.dumps(samples))

@@ -93,7 +93,7 @@ def measure(built, size: tuple[int, int], batch: int, static: bool, context: Con
     import torch
     from speed_contenders import IMAGE
 
-    from convllava_hf.bench.answers import answer
+    from convllava_hf.profiling.generation import answer
 
     model, prepare, seconds = built
     new_tokens, repeats = (3, 1) if context.tiny else (NEW_TOKENS, 3)

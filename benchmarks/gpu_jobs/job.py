@@ -125,7 +125,7 @@ def machine(context: Context) -> dict[str, Any]:
     """What a table must say about where it was measured."""
     import torch
 
-    from convllava_hf.bench.machine import describe
+    from convllava_hf.profiling.machine import describe
 
     found = describe(context.device, torch.float32 if context.tiny else torch.bfloat16)
     if context.device.type == "cuda":

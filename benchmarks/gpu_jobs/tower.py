@@ -25,9 +25,9 @@ BUCKETS = 6
 
 def native_sizes(tiny: bool):
     """How the preset "large" sees images, the area of 1536 x 1536 at most; in a rehearsal that of 192 x 192."""
-    from convllava_hf.modeling.configuration_convllava import PRESETS, PictureSizes
+    from convllava_hf.modeling.configuration_convllava import PRESETS, ImageSizing
 
-    return PictureSizes("native", 192, 64) if tiny else PictureSizes("native", 1536, 64, max_pixels=PRESETS["large"])
+    return ImageSizing("native", 192, 64) if tiny else ImageSizing("native", 1536, 64, max_pixels=PRESETS["large"])
 
 
 def size_of(label: str, tiny: bool) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def parts(context: Context) -> dict[str, Any]:
     import torch
     from tower_models import DTYPE
 
-    from convllava_hf.bench.models import tower_config
+    from convllava_hf.profiling.models import tower_config
 
     side, rows = size_of("1536", context.tiny)[0] // 4, []
     with torch.inference_mode():

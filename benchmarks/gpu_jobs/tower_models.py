@@ -10,11 +10,11 @@ import torch
 from job import Context, milliseconds
 from torch import nn
 
-from convllava_hf.bench.machine import product
-from convllava_hf.bench.measuring import operations
-from convllava_hf.bench.models import built, tower_config
-from convllava_hf.fast_tower import speed_up
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
+from convllava_hf.profiling.machine import product
+from convllava_hf.profiling.measuring import operations
+from convllava_hf.profiling.models import built, tower_config
+from convllava_hf.vision_backends import optimize_vision_tower
 
 
 DTYPE = torch.bfloat16
@@ -64,7 +64,7 @@ def tower(kind: str, way: str, side: int, tiny: bool, device: torch.device) -> n
 def apply_way(module: nn.Module, way: str, backend: str = "inductor") -> None:
     """Changes a tower of ours in place.
 
-    The ways of `fast_tower.TOWERS` are the package's own. Those of this script compile the blocks one by one, all
+    The ways of `vision_backends.VISION_BACKENDS` are the package's own. Those of this script compile the blocks one by one, all
     those of a stage from one compilation ("blocks compiled"), with sizes left open ("blocks dynamic"); or the
     package's parts with other options of torch.compile ("stages dynamic", "stages autotuned").
 
@@ -77,9 +77,9 @@ def apply_way(module: nn.Module, way: str, backend: str = "inductor") -> None:
     torch._dynamo.config.accumulated_recompile_limit = 1024
     if way in ("eager", "channels-last", "compiled", "cuda-graphs"):
         if way != "eager":
-            speed_up(module, way)
+            optimize_vision_tower(module, way)
         return
-    speed_up(module, "channels-last")
+    optimize_vision_tower(module, "channels-last")
     if way in ("blocks compiled", "blocks dynamic"):
         for stage in module.encoder.stages:
             for layer in stage.layers:

@@ -74,7 +74,7 @@ TINY = (
 def cases(context: Context):
     import torch
 
-    from convllava_hf.bench.machine import matrix_rate
+    from convllava_hf.profiling.machine import matrix_rate
 
     make_data(context.folder, WORDS)
     rate = matrix_rate(context.device, torch.float32 if context.tiny else torch.bfloat16)

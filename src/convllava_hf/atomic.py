@@ -132,7 +132,7 @@ def replacing_folder(output: Path) -> Iterator[Path]:
         ConvLlavaError: `output` was not there at first, and somebody else has made it meanwhile.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with lock_beside(output):
+    with lock_next_to(output):
         existed = os.path.lexists(output)
         temporary = _hidden(output, f"{uuid.uuid4().hex[:8]}.partial")
         temporary.mkdir()
@@ -144,7 +144,7 @@ def replacing_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock_beside(folder: Path) -> Iterator[None]:
+def lock_next_to(folder: Path) -> Iterator[None]:
     """Makes this process the only one that writes `folder` meanwhile; the folder that it is in must be there.
 
     What a process that died while it replaced the folder has left is put back first, and the rest is cleared.
@@ -159,7 +159,7 @@ def lock_beside(folder: Path) -> Iterator[None]:
 
 
 def discard_folder(folder: Path) -> None:
-    """Removes a folder: at every moment it is whole or not there. To be called within `lock_beside`."""
+    """Removes a folder: at every moment it is whole or not there. To be called within `lock_next_to`."""
     temporary = _hidden(folder, f"{uuid.uuid4().hex[:8]}.partial")
     folder.rename(temporary)
     shutil.rmtree(temporary)
@@ -231,7 +231,7 @@ def _rename(source: Path, target: Path, exchange: bool) -> bool:
     raise OSError(number, os.strerror(number), str(target))
 
 
-def write_whole(path: Path, content: bytes) -> Path:
+def write_atomic(path: Path, content: bytes) -> Path:
     """Writes a file; it is there whole or as it was before. What a dead process left of an earlier try is cleared.
 
     Raises:
@@ -319,7 +319,7 @@ def _clear_temporary_folders(root: Path, prefix: str) -> None:
                 os.close(descriptor)
 
 
-def check_place(path: str | os.PathLike, what: str) -> Path:
+def check_destination(path: str | os.PathLike, what: str) -> Path:
     """The place to write to, if it is one where a person's files belong.
 
     Args:

@@ -1,8 +1,8 @@
 """Load a ConvLLaVA and ask it: what `convllava ask`, `chat`, `demo` and `eval` share, usable from Python as well.
 
 >>> assistant = load("path/to/convllava")
->>> picture = open_picture("photo.jpg")
->>> assistant.answer([user_turn("What is on the sign?", [picture])], on_text=show).text
+>>> image = open_image("photo.jpg")
+>>> assistant.answer([user_turn("What is on the sign?", [image])], on_text=show).text
 """
 
 import inspect
@@ -20,10 +20,9 @@ from transformers import AutoModelForImageTextToText, StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
-from .damaged import blamed_on, check_generation_config
+from .checkpoint_errors import check_generation_config, wrap_checkpoint_errors
 from .device_memory import telling_of_full_memory
 from .errors import ConvLlavaError, first_line
-from .fast_tower import choose_tower, has_plain_products, speed_up
 from .loading import (
     ORIGINAL,
     check_checkpoint,
@@ -33,12 +32,13 @@ from .loading import (
     load_processor,
     quantization_config,
 )
-from .memory import Glance, Memory
 from .modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
+from .prompt_cache import CachedPrompt, PromptCache
 from .texts import check_text
 from .trust import from_checkpoint, pickled_code
+from .vision_backends import choose_vision_backend, has_unmodified_linears, optimize_vision_tower
 
 
 # transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
@@ -61,8 +61,8 @@ class Answer:
 
     `text`: the answer without special tokens. `token_ids`: the generated ids, special tokens included.
     `visual_tokens` are counted in `prompt_tokens`, and so are `reused_tokens`, whose keys and values an earlier turn
-    had left (see `Assistant.remembering`). `first_token_seconds` and `seconds` count from the call, so they
-    hold the work on the pictures and the prompt, and not the loading of the model.
+    had left (see `Assistant.with_prompt_cache`). `first_token_seconds` and `seconds` count from the call, so they
+    hold the work on the images and the prompt, and not the loading of the model.
     """
 
     text: str
@@ -80,15 +80,15 @@ class Assistant:
 
     model: ConvLlavaForConditionalGeneration
     processor: ConvLlavaProcessor
-    memory: Memory | None = None
+    prompt_cache: PromptCache | None = None
 
-    def remembering(self) -> "Assistant":
-        """The same assistant, which encodes no picture twice and reads on where a conversation's last turn ended.
+    def with_prompt_cache(self) -> "Assistant":
+        """The same assistant, which encodes no image twice and reads on where a conversation's last turn ended.
 
         It gives the answers that it would give without. It keeps memory of its device between calls, and takes one
         call at a time.
         """
-        return replace(self, memory=Memory())
+        return replace(self, prompt_cache=PromptCache())
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +126,8 @@ class Assistant:
                 the model's context.
         """
         start = time.perf_counter()
-        glance = None if self.memory is None else Glance(self.memory, self.processor)
-        processor = self.processor if glance is None else glance.processor
+        cached_prompt = None if self.prompt_cache is None else CachedPrompt(self.prompt_cache, self.processor)
+        processor = self.processor if cached_prompt is None else cached_prompt.processor
         inputs = self._inputs(processor, messages, images_kwargs or {})
         prompt_tokens = inputs["input_ids"].shape[1]
         room = self._room_for_answer(prompt_tokens)
@@ -137,7 +137,7 @@ class Assistant:
             what = f"this conversation of {prompt_tokens} tokens beside the model in {self.dtype}"
             with telling_of_full_memory(what, self.device, LESS_MEMORY):
                 output = self.model.generate(
-                    **(inputs if glance is None else glance.left_to_compute(self.model, inputs)),
+                    **(inputs if cached_prompt is None else cached_prompt.left_to_compute(self.model, inputs)),
                     **sampling,
                     num_beams=1,
                     max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
@@ -146,11 +146,11 @@ class Assistant:
                     stopping_criteria=StoppingCriteriaList([] if should_stop is None else [_Stop(should_stop)]),
                 )
         except ConvLlavaError:
-            if self.memory is not None:
-                self.memory.forget()
+            if self.prompt_cache is not None:
+                self.prompt_cache.forget()
             raise
-        if glance is not None:
-            glance.keep(output)
+        if cached_prompt is not None:
+            cached_prompt.keep(output)
         token_ids = output.sequences[0, prompt_tokens:].tolist()
         return Answer(
             text=stream.text,
@@ -159,7 +159,7 @@ class Assistant:
             visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
             first_token_seconds=stream.first_token_time - start,
             seconds=time.perf_counter() - start,
-            reused_tokens=0 if glance is None else glance.reused,
+            reused_tokens=0 if cached_prompt is None else cached_prompt.reused,
         )
 
     def _inputs(self, processor: ConvLlavaProcessor, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
@@ -182,7 +182,7 @@ class Assistant:
         if prompt_tokens >= context:
             raise ConvLlavaError(
                 f"The conversation has {prompt_tokens} tokens, and the model's context holds {context}, the answer "
-                "included. Start a new conversation, or ask about fewer pictures."
+                "included. Start a new conversation, or ask about fewer images."
             )
         return context - prompt_tokens
 
@@ -200,7 +200,7 @@ def prompt_inputs(
         add_generation_prompt: whether the conversations are to be answered.
 
     Raises:
-        ValueError, OSError: a picture cannot be decoded, or the numbers of pictures and their places differ.
+        ValueError, OSError: an image cannot be decoded, or the numbers of images and their places differ.
     """
     of_processor: dict[str, Any] = {"padding": True}
     if images_kwargs:
@@ -234,7 +234,7 @@ class _Stop(StoppingCriteria):
 class _AnswerStream(BaseStreamer):
     """Turns tokens into text as they come, and hands each piece on.
 
-    What a token reads as depends on its neighbours (SentencePiece's blanks, characters of several byte tokens), so new
+    What a token reads as depends on its neighbors (SentencePiece's blanks, characters of several byte tokens), so new
     tokens are decoded together with those of the piece before, and text that ends within a character waits for the
     rest. `TextStreamer` of transformers holds text back to the next blank, and loses the blanks that begin a line.
     """
@@ -289,44 +289,44 @@ def assistant_turn(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
-def user_turn(text: str, pictures: Sequence[Image.Image] = ()) -> dict[str, Any]:
-    """A question about pictures. They stand before the text, or where the text says `<image>`.
+def user_turn(text: str, images: Sequence[Image.Image] = ()) -> dict[str, Any]:
+    """A question about images. They stand before the text, or where the text says `<image>`.
 
     Raises:
-        ConvLlavaError: the text says `<image>` a number of times that is not the number of pictures, or UTF-8 cannot
+        ConvLlavaError: the text says `<image>` a number of times that is not the number of images, or UTF-8 cannot
             hold it.
     """
     texts = check_text(text, "The question").split(IMAGE_TOKEN)
     if len(texts) == 1:
-        texts = [""] * len(pictures) + texts
-    if len(texts) != len(pictures) + 1:
+        texts = [""] * len(images) + texts
+    if len(texts) != len(images) + 1:
         raise ConvLlavaError(
-            f"The question says {IMAGE_TOKEN} {len(texts) - 1} times and comes with {len(pictures)} pictures. Give as "
-            f"many pictures as {IMAGE_TOKEN}, or leave {IMAGE_TOKEN} out: the pictures then stand before the question."
+            f"The question says {IMAGE_TOKEN} {len(texts) - 1} times and comes with {len(images)} images. Give as "
+            f"many images as {IMAGE_TOKEN}, or leave {IMAGE_TOKEN} out: the images then stand before the question."
         )
     content: list[dict[str, Any]] = []
-    for piece, picture in zip(texts, [*pictures, None], strict=True):
+    for piece, image in zip(texts, [*images, None], strict=True):
         if all(part["type"] == "image" for part in content):
-            piece = piece.removeprefix("\n")  # the chat template writes the line break after pictures that come first
+            piece = piece.removeprefix("\n")  # the chat template writes the line break after images that come first
         if piece:
             content.append({"type": "text", "text": piece})
-        if picture is not None:
-            content.append({"type": "image", "image": picture})
+        if image is not None:
+            content.append({"type": "image", "image": image})
     return {"role": "user", "content": content}
 
 
-def open_picture(source: str | os.PathLike) -> Image.Image:
-    """Read a picture from a path, a URL or a data URL, as the image processor reads it.
+def open_image(source: str | os.PathLike) -> Image.Image:
+    """Read an image from a path, a URL or a data URL, as the image processor reads it.
 
     Raises:
-        ConvLlavaError: there is no such file, or it is no picture.
+        ConvLlavaError: there is no such file, or it is no image.
     """
     name = os.fspath(source)
     try:
         return ConvLlavaImageProcessor().fetch_images(name)
     except (OSError, ValueError) as error:
         shown = name if len(name) <= 200 else f"{name[:80]}..."  # a data URL, say
-        raise ConvLlavaError(f"Cannot read the picture {shown!r}: {first_line(error)}") from error
+        raise ConvLlavaError(f"Cannot read the image {shown!r}: {first_line(error)}") from error
 
 
 def load(
@@ -334,7 +334,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantization: str | None = None,
-    tower: str | None = None,
+    vision_backend: str | None = None,
     trust_remote_code: bool = False,
 ) -> Assistant:
     """Load a ConvLLaVA checkpoint for inference.
@@ -345,7 +345,8 @@ def load(
         device: default: CUDA, else Apple's GPU, else the CPU.
         dtype: a torch dtype or its name; default: what `loading.choose_dtype` says of the device.
         quantization: `"4bit"` (NF4) or `"8bit"`, by bitsandbytes; the tower and the projector stay in `dtype`.
-        tower: how the vision tower runs, one of `fast_tower.TOWERS`; default: what `choose_tower` says.
+        vision_backend: how the vision tower runs, one of `vision_backends.VISION_BACKENDS`; default: what
+            `choose_vision_backend` says.
         trust_remote_code: whether Python code that comes with the checkpoint may run where it names classes that are
             not this package's. It can do whatever you can.
 
@@ -356,17 +357,19 @@ def load(
     kind = kind_of_checkpoint(source, trust_remote_code=trust_remote_code)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
-    chosen = choose_tower(device, dtype, tower)
+    chosen = choose_vision_backend(device, dtype, vision_backend)
     options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
     if kind == ORIGINAL:
         source = _converted(source)
     processor = load_processor(source, trust_remote_code=trust_remote_code)
-    with blamed_on(source):  # a question shows whether template and image processor can be used, before the weights
+    with wrap_checkpoint_errors(
+        source
+    ):  # a question shows whether template and image processor can be used, before the weights
         prompt_inputs(processor, [[user_turn("?", [Image.new("RGB", (64, 64))])]])
     try:
-        with telling_of_full_memory(f"the model in {dtype}", device, SMALLER_MODEL), blamed_on(source):
+        with telling_of_full_memory(f"the model in {dtype}", device, SMALLER_MODEL), wrap_checkpoint_errors(source):
             model, info = from_checkpoint(
                 ConvLlavaForConditionalGeneration,
                 AutoModelForImageTextToText,
@@ -384,8 +387,8 @@ def load(
             f"{missing[0]}: its files are incomplete, or its config.json is another model's."
         )
     check_generation_config(model.generation_config, model.get_input_embeddings().weight.shape[0], source)
-    if tower is not None or has_plain_products(model.vision_tower):
-        speed_up(model.vision_tower, chosen)
+    if vision_backend is not None or has_unmodified_linears(model.vision_tower):
+        optimize_vision_tower(model.vision_tower, chosen)
     return Assistant(model.eval(), processor)
 
 

@@ -14,14 +14,14 @@ def _leave(number, frame) -> None:
     os._exit(128 + number)
 
 
-def leave_quietly() -> None:
+def exit_quietly() -> None:
     """From now on Ctrl-C ends the process without a word; to be called before anything large is imported."""
     if _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 @contextlib.contextmanager
-def cleared_up() -> Iterator[None]:
+def cleanup_on_signals() -> Iterator[None]:
     """Meanwhile Ctrl-C raises `KeyboardInterrupt` and a termination signal `SystemExit`, so temporary files go."""
     before = {}
     if _is_main_thread():

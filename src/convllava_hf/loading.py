@@ -11,11 +11,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from .damaged import blamed_on
+from .checkpoint_errors import wrap_checkpoint_errors
 from .errors import ConvLlavaError, first_line
 from .modeling.configuration_convllava import ConvLlavaConfig
 from .modeling.processing_convllava import ConvLlavaProcessor
-from .trust import check_code, explain_refusal, from_checkpoint, warn_of_foreign_code
+from .trust import check_code, explain_refusal, from_checkpoint, warn_about_foreign_code
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,17 +41,19 @@ def load_processor(
     check_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
     _check_processor_files(source)
     options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-    with blamed_on(source):
+    with wrap_checkpoint_errors(source):
         try:
             processor = from_checkpoint(ConvLlavaProcessor, AutoProcessor, source, **options)
         except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
             if not trust_remote_code and (reason := explain_refusal(error, source, revision)):
                 raise ConvLlavaError(reason) from error
             raise
-    with blamed_on(source, "Cannot use the chat template of the checkpoint"):  # which may try to leave the sandbox
+    with wrap_checkpoint_errors(
+        source, "Cannot use the chat template of the checkpoint"
+    ):  # which may try to leave the sandbox
         processor.apply_chat_template(_QUESTION, add_generation_prompt=True, tokenize=False)
     if not trust_remote_code:
-        warn_of_foreign_code(source, revision)
+        warn_about_foreign_code(source, revision)
     return processor
 
 

@@ -14,17 +14,17 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from .data import load_training_data
 from .device_memory import telling_of_full_memory
 from .errors import ConvLlavaError, first_line
+from .image_options import with_image_options
 from .links import check_links
 from .loading import check_checkpoint, load_processor
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
-from .picture_options import with_picture_options
 from .training.arguments import LORA_TARGETS, DataArguments, TrainingArguments, check_arguments, make_parser
-from .training.checkpoints import fault_of_checkpoint, last_whole_checkpoint
-from .training.checks import check_model
-from .training.curve import save_loss_curve
-from .training.disk import checkpoint_bytes, telling_of_full_disk
-from .training.record import save_training_record
-from .training.templates import check_chat_template
+from .training.checkpoints import checkpoint_error, get_last_complete_checkpoint
+from .training.disk import checkpoint_bytes, reporting_full_disk
+from .training.plotting import save_loss_curve
+from .training.recipe_checks import check_model
+from .training.recording import save_training_record
+from .training.template_check import check_chat_template
 from .training.trainable import format_table, set_trainable, trainable_table
 from .training.trainer import ConvLlavaTrainer
 from .trust import from_checkpoint, pickled_code
@@ -51,13 +51,13 @@ def main(
 
     Args:
         arguments: the command line's, if not given.
-        callbacks: of the trainer, for whoever calls this from Python.
+        callbacks: of the trainer, for use from Python.
 
     Raises:
         ConvLlavaError: the recipe asks for what cannot work.
     """
     data, training, model_config = make_parser(prog="convllava train").parse_args_and_config(arguments)
-    with telling_of_full_disk(training.output_dir):  # the data sets' caches and logs are written as well
+    with reporting_full_disk(training.output_dir):  # the data sets' caches and logs are written as well
         return train(data, training, model_config, callbacks=callbacks)
 
 
@@ -70,7 +70,7 @@ def train(
     """Loads, chooses what trains, trains, and saves a checkpoint that the next stage loads."""
     check_arguments(data, training, model_config)
     if model_config.model_name_or_path and Path(model_config.model_name_or_path).is_dir():
-        check_links(model_config.model_name_or_path)  # its tokenizer, template and record are saved anew
+        check_links(model_config.model_name_or_path)  # its tokenizer, template and record are saved again
     resume = _checkpoint_to_resume(training)
     if resume is not None and not training.trust_remote_code:
         _check_pickles(Path(resume), Path(training.output_dir))
@@ -80,7 +80,7 @@ def train(
         model_config.lora_target_modules = LORA_TARGETS
     check_model(training, model_config)
     processor = load_processor(model_config.model_name_or_path, **source)
-    processor = with_picture_options(processor, data.pictures)
+    processor = with_image_options(processor, data.image_options)
     check_chat_template(processor, training.assistant_only_loss)
     dataset = load_training_data(
         data.dataset_name,
@@ -109,8 +109,8 @@ def train(
                 processing_class=processor,
                 callbacks=list(callbacks or ()) or None,
                 peft_config=get_peft_config(model_config),
-                on_bad_picture=data.on_bad_picture,
-                max_bad_pictures=data.max_bad_pictures,
+                on_bad_image=data.on_bad_image,
+                max_bad_images=data.max_bad_images,
                 on_bad_sample=data.on_bad_sample,
                 max_bad_samples=data.max_bad_samples,
             )
@@ -138,7 +138,7 @@ def train(
 
 
 def _evaluation_data(data: DataArguments, training: TrainingArguments):
-    """What the loss is also measured on, where the recipe says so by `eval_strategy`."""
+    """The evaluation data, if the recipe sets `eval_strategy`."""
     if training.eval_strategy == "no":
         return None
     return load_training_data(
@@ -174,12 +174,12 @@ def _load_model(model_config: ModelConfig, trust_remote_code: bool):
 
 
 def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    """The checkpoint that the run goes on from, `None` for a fresh run.
+    """The checkpoint to resume from, `None` for a fresh run.
 
-    `resume_from_checkpoint` is a checkpoint's folder, or `true` for the last whole one in `output_dir`.
+    `resume_from_checkpoint` is a checkpoint's folder, or `true` for the last complete one in `output_dir`.
 
     Raises:
-        ConvLlavaError: a fresh run would mix its checkpoints with those of another, or the named one is not whole.
+        ConvLlavaError: a fresh run would mix its checkpoints with those of another, or the named one is incomplete.
     """
     wanted = training.resume_from_checkpoint
     if str(wanted).lower() in ("none", "false"):
@@ -190,23 +190,23 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
             )
         return None
     if str(wanted).lower() != "true":
-        if (fault := fault_of_checkpoint(Path(wanted))) is not None:
+        if (fault := checkpoint_error(Path(wanted))) is not None:
             raise ConvLlavaError(
-                f"{wanted} cannot be resumed from: {fault}. --resume_from_checkpoint true takes the last whole one."
+                f"{wanted} cannot be resumed from: {fault}. --resume_from_checkpoint true takes the last complete one."
             )
         return str(wanted)
-    found = last_whole_checkpoint(training.output_dir)
+    found = get_last_complete_checkpoint(training.output_dir)
     logger.warning(
-        "Resuming from %s." if found else "There is no checkpoint in %s yet; starting anew.",
+        "Resuming from %s." if found else "There is no checkpoint in %s yet; starting from the beginning.",
         found or training.output_dir,
     )
     return str(found) if found else None
 
 
 def _check_pickles(checkpoint: Path, output: Path) -> None:
-    """Refuses states that are read by way of pickles, which can run code, unless this run's own folder holds them.
+    """Refuses states that are read as pickles, which can run code, unless they are in this run's own folder.
 
-    What the trainer itself writes is read as tensors and numbers alone, or not at all.
+    What the trainer itself writes is read only as tensors and numbers, or not at all.
 
     Raises:
         ConvLlavaError: names what holds such states.
@@ -236,7 +236,7 @@ def _save(
         if training.merge_adapter:
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
             folder = Path(training.output_dir) / "merged"
-            with telling_of_full_disk(folder, lambda: checkpoint_bytes(merged, adapter=False, states=False)):
+            with reporting_full_disk(folder, lambda: checkpoint_bytes(merged, adapter=False, states=False)):
                 merged.save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
             folders.append(folder)

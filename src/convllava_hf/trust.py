@@ -91,7 +91,7 @@ def explain_refusal(error: Exception, source: str | os.PathLike, revision: str |
     )
 
 
-def warn_of_foreign_code(source: str | os.PathLike, revision: str | None = None) -> None:
+def warn_about_foreign_code(source: str | os.PathLike, revision: str | None = None) -> None:
     """Says that code was left aside, where a checkpoint has loaded without it."""
     if found := foreign_code(source, revision):
         logger.warning(

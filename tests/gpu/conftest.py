@@ -79,8 +79,8 @@ def wide(wide_checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory) -> Path:
-    from conftest import make_picture
+    from conftest import make_image
 
     path = tmp_path_factory.mktemp("image") / "image.png"
-    make_picture(90, 140).save(path)
+    make_image(90, 140).save(path)
     return path

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ask, make_picture
+from conftest import ask, make_image
 from transformers import AutoModelForImageTextToText, CompileConfig, pipeline
 
 from convllava_hf import ConvLlavaForConditionalGeneration, cli
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 QUESTION = "What is on the sign?"
 CHATS = [
-    ask("What is this?", make_picture(seed=1)),
-    ask("Compare them in a rather long sentence, please.", make_picture(seed=2), make_picture(70, 250, seed=3)),
-    ask("No picture."),
+    ask("What is this?", make_image(seed=1)),
+    ask("Compare them in a rather long sentence, please.", make_image(seed=2), make_image(70, 250, seed=3)),
+    ask("No image."),
 ]
 TOKENS = 12
 
@@ -114,13 +114,13 @@ def test_half_precision_is_the_default_on_a_gpu(checkpoint, device):
     assert assistant.device.type == device.type
     if CUDA:
         assert assistant.dtype == torch.bfloat16
-    reply = assistant.answer([user_turn(QUESTION, [make_picture()])], max_new_tokens=TOKENS)
+    reply = assistant.answer([user_turn(QUESTION, [make_image()])], max_new_tokens=TOKENS)
     assert reply.token_ids and reply.visual_tokens == 4
 
 
 def test_an_assistant_answers_and_streams(assistants):
     ours, theirs = assistants
-    turns, pieces = [user_turn(QUESTION, [make_picture(), make_picture(40, 90, seed=2)])], []
+    turns, pieces = [user_turn(QUESTION, [make_image(), make_image(40, 90, seed=2)])], []
     options = {"max_new_tokens": TOKENS, "images_kwargs": {"image_aspect_ratio": "native"}}
     reply = ours.answer(turns, on_text=pieces.append, **options)
     assert reply.token_ids == theirs.answer(turns, **options).token_ids
@@ -131,19 +131,19 @@ def test_an_assistant_answers_and_streams(assistants):
 
 
 def test_sampling(assistants):
-    reply = assistants[0].answer([user_turn(QUESTION, [make_picture()])], max_new_tokens=TOKENS, temperature=0.7)
+    reply = assistants[0].answer([user_turn(QUESTION, [make_image()])], max_new_tokens=TOKENS, temperature=0.7)
     assert 0 < len(reply.token_ids) <= TOKENS
 
 
 @pytest.mark.parametrize("kind", ["PIL", "tensor"])
 def test_a_prompt_cache_answers_as_none(kind, assistants, device):
     """Turns that go on, that branch off, and that bring another image."""
-    plain, remembering = assistants[0], assistants[0].remembering()
-    image = make_picture()
+    plain, remembering = assistants[0], assistants[0].with_prompt_cache()
+    image = make_image()
     if kind == "tensor":
         image = torch.tensor(np.asarray(image), device=device)
     messages, reused = [user_turn(QUESTION, [image])], []
-    for question in (["And below?"], ["And this?", [make_picture(70, 250, seed=1)]]):
+    for question in (["And below?"], ["And this?", [make_image(70, 250, seed=1)]]):
         expected = plain.answer(messages, max_new_tokens=8)
         found = remembering.answer(messages, max_new_tokens=8)
         assert found.token_ids == expected.token_ids
@@ -154,7 +154,7 @@ def test_a_prompt_cache_answers_as_none(kind, assistants, device):
         assert found.token_ids == expected.token_ids
         reused.append(found.reused_tokens)
     assert reused[0] == 0 and all(reused[1:])
-    assert all(one.tokens.device.type == device.type for one in remembering.memory.pictures.values())
+    assert all(one.tokens.device.type == device.type for one in remembering.memory.images.values())
 
 
 @needs_cuda
@@ -221,7 +221,7 @@ def test_the_handler_of_endpoints(checkpoint, image_file, tmp_path, device, monk
     dtype = torch.bfloat16 if CUDA else torch.float32
     assert handler.model.dtype == dtype
     expected = load(checkpoint, device=device, dtype=dtype).answer(
-        [user_turn(QUESTION, [make_picture(90, 140)])], max_new_tokens=TOKENS
+        [user_turn(QUESTION, [make_image(90, 140)])], max_new_tokens=TOKENS
     )
     assert reply["generated_text"] == expected.text
     monkeypatch.setattr(handler.model, "generate", _full)
@@ -242,16 +242,16 @@ def test_the_command_ask(quantization, wide, image_file, device, capsys):
 
 def test_the_demo_s_conversation(assistants, image_file, tmp_path):
     """Answers are generated in a thread."""
+    from convllava_hf.demo.chat_session import ChatSession, Conversation
     from convllava_hf.demo.limits import Limits
-    from convllava_hf.demo.talk import Conversation, Talker
 
     told = []
     for number, assistant in enumerate(assistants):
-        talker = Talker(assistant, tmp_path / str(number), Limits())
+        chat_session = ChatSession(assistant, tmp_path / str(number), Limits())
         conversation = Conversation()
         for question in ("What?", "And below?"):
-            *_, last = talker.ask(
-                conversation, str(image_file), question, next(iter(talker.presets)), 8, 0.0, lambda: False
+            *_, last = chat_session.ask(
+                conversation, str(image_file), question, next(iter(chat_session.presets)), 8, 0.0, lambda: False
             )
             conversation = last.conversation
         told.append([turn.answer for turn in conversation.turns])
@@ -264,8 +264,8 @@ def test_an_evaluation(name, choice, checkpoint, assistants, tmp_path):
     from benchmark_data import make
 
     from convllava_hf.evaluation.benchmarks import BENCHMARKS
+    from convllava_hf.evaluation.run_settings import Model, Settings
     from convllava_hf.evaluation.runner import evaluate
-    from convllava_hf.evaluation.runs import Model, Settings
 
     path, scores = make(name, tmp_path / "data", samples=6), []
     for number, assistant in enumerate(assistants):

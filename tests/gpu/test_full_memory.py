@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from conftest import TEXT_SHAPE, make_config, make_model, make_picture, make_processor
+from conftest import TEXT_SHAPE, make_config, make_image, make_model, make_processor
 from transformers import AutoConfig
 
 from convllava_hf.errors import ConvLlavaError
@@ -56,8 +56,8 @@ def test_loading(large):
 def test_answering(remembering, large):
     assistant = load(large, device="cuda", dtype="float32")
     if remembering:
-        assistant = assistant.remembering()
-    turn = [user_turn("What?", [make_picture()])]
+        assistant = assistant.with_prompt_cache()
+    turn = [user_turn("What?", [make_image()])]
     expected = assistant.answer(turn, max_new_tokens=4)
     with little_memory(2**20), pytest.raises(ConvLlavaError, match=f"cuda:0 does not hold .*: {NEEDED}.*--size"):
         assistant.answer(turn, max_new_tokens=4, images_kwargs={"size": 4096})

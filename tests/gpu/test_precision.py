@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT_SHAPE, ask, make_config, make_model, make_picture, make_processor
+from conftest import TEXT_SHAPE, ask, make_config, make_image, make_model, make_processor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
@@ -18,9 +18,9 @@ from .devices import CUDA, assert_within_noise, deviation, moved, needs_cuda
 pytestmark = pytest.mark.gpu
 
 CHATS = [
-    ask("What is this?", make_picture(seed=1)),
-    ask("Compare them in a rather long sentence, please.", make_picture(seed=2), make_picture(70, 250, seed=3)),
-    ask("No picture."),
+    ask("What is this?", make_image(seed=1)),
+    ask("Compare them in a rather long sentence, please.", make_image(seed=2), make_image(70, 250, seed=3)),
+    ask("No image."),
 ]
 NATIVE = {"image_aspect_ratio": "native", "max_pixels": 6 * 64**2}
 # Between float32's own noise here, which is of the order of 1e-6, and TF32's of 1e-3.
@@ -126,7 +126,7 @@ def test_kernels_of_torch_s_own_attention(kernel, dtype, processor, inputs, devi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_images_of_mixed_sizes_in_one_batch_are_seen_as_each_by_itself(model_on, device, dtype):
-    images = [make_picture(200, 60), make_picture(70, 250, seed=1), make_picture(64, 64, seed=2)]
+    images = [make_image(200, 60), make_image(70, 250, seed=1), make_image(64, 64, seed=2)]
     processor = make_processor(**NATIVE).image_processor
     model = model_on(device, dtype)
 
@@ -152,7 +152,7 @@ def test_logits_of_a_padded_batch_are_those_of_each_by_itself(model_on, processo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
 def test_a_tensor_on_the_device_is_an_image(dtype, device):
-    colors = torch.tensor(np.asarray(make_picture(64, 128))).permute(2, 0, 1)
+    colors = torch.tensor(np.asarray(make_image(64, 128))).permute(2, 0, 1)
     values = colors if dtype == torch.uint8 else (colors / 255).to(dtype)
     processor = ConvLlavaImageProcessor(size=128)
     on_device, on_cpu = (processor(one, return_tensors="pt")["pixel_values"] for one in (values.to(device), values))

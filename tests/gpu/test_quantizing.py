@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_picture
+from conftest import make_image
 from test_quantization import KEPT, QUANTIZERS, TOLERANCES, linear_layers, quantized_modules
 from transformers import AutoModelForImageTextToText
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def inputs(processor) -> dict:
     text = "<s>USER: <image>\nWhat is on the sign? ASSISTANT:"
-    return dict(processor(text=text, images=make_picture(), return_tensors="pt"))
+    return dict(processor(text=text, images=make_image(), return_tensors="pt"))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,6 @@ def test_the_way_of_the_command_line(quantization, name, dtype, wide, inputs, ex
     assert_the_language_model_s_layers_are_quantized(assistant.model, getattr(torch, dtype))
     noise = error_of(narrow.model, inputs, exact)
     assert error_of(assistant.model, inputs, exact) < TOLERANCES[name] + 2.5 * noise
-    messages = [user_turn("What?", [make_picture()])]
+    messages = [user_turn("What?", [make_image()])]
     reply = assistant.answer(messages, max_new_tokens=6)
     assert len(reply.token_ids) > 0 and reply.visual_tokens == 4

@@ -5,13 +5,13 @@ import threading
 
 import pytest
 import torch
-from conftest import make_picture
-from parts import randomised
+from conftest import make_image
+from tiny_models import randomized
 
 from convllava_hf import ConvLlavaConfig
-from convllava_hf.fast_tower import _why_not, speed_up
 from convllava_hf.inference import load, user_turn
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
+from convllava_hf.vision_backends import _why_not, optimize_vision_tower
 
 from .devices import CUDA, DEVICE, deviation, needs_cuda
 
@@ -27,7 +27,7 @@ SHAPES = [
     (2, 2 * SIDE, SIDE, [(2 * SIDE, SIDE), (SIDE // 2, SIDE // 2)]),
 ]
 # Compiling takes most of the time of all tests: each way in one dtype.
-TOWERS = [
+VISION_BACKENDS = [
     ("channels-last", torch.float32),
     ("channels-last", torch.bfloat16),
     ("compiled", torch.float32),
@@ -42,7 +42,7 @@ def make_tower(dtype: torch.dtype) -> ConvLlavaVisionTower:
         "hidden_sizes": [32, 32, 64, 64, 128][:STAGES],
         "image_size": SIDE,
     }
-    return randomised(ConvLlavaVisionTower(ConvLlavaConfig(vision_config=vision).vision_config)).to(DEVICE, dtype)
+    return randomized(ConvLlavaVisionTower(ConvLlavaConfig(vision_config=vision).vision_config)).to(DEVICE, dtype)
 
 
 def seen(features: torch.Tensor, sizes, stride: int) -> torch.Tensor:
@@ -58,13 +58,13 @@ def possible(tower: str, dtype: torch.dtype) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(("tower", "dtype"), TOWERS)
+@pytest.mark.parametrize(("tower", "dtype"), VISION_BACKENDS)
 def test_features_are_the_eager_tower_s_for_all_sizes_and_calls(tower, dtype):
     """Those of earlier calls, too, when later ones have been made: graphs write to the same memory each time."""
     possible(tower, dtype)
     plain = make_tower(dtype)
     fast, exact = copy.deepcopy(plain), make_tower(torch.float32)
-    speed_up(fast, tower)
+    optimize_vision_tower(fast, tower)
     kept = []
     with torch.inference_mode():
         for _ in range(2):
@@ -89,7 +89,7 @@ def test_graphs_in_threads_of_their_own():
     possible("cuda-graphs", torch.bfloat16)
     plain = make_tower(torch.bfloat16)
     fast = copy.deepcopy(plain)
-    speed_up(fast, "cuda-graphs")
+    optimize_vision_tower(fast, "cuda-graphs")
     pixels = torch.randn(1, 3, SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16)
     found: list = []
 
@@ -120,5 +120,5 @@ def test_answers_are_those_of_the_eager_tower(tower, checkpoint, device):
     eager, fast = (load(checkpoint, device=device, dtype="float32", tower=name) for name in ("eager", tower))
     for _ in range(2):  # a graph is recorded in the second call and replayed from the third on
         for seed in range(2):
-            turn = [user_turn("What?", [make_picture(seed=seed)])]
+            turn = [user_turn("What?", [make_image(seed=seed)])]
             assert fast.answer(turn, max_new_tokens=8).token_ids == eager.answer(turn, max_new_tokens=8).token_ids

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, make_model, make_picture, make_processor
+from conftest import make_config, make_image, make_model, make_processor
 from torch.utils.data import DataLoader
 
 from .devices import CUDA, DEVICE, EXACT, deviation, moved, needs_cuda
@@ -43,7 +43,7 @@ def start(tmp_path_factory):
 def batch(processor) -> dict:
     inputs = processor(
         text=["<s>USER: <image>\nWhat is it? ASSISTANT: A sign.</s>", "<s>USER: Hello. ASSISTANT: Good day.</s>"],
-        images=[[make_picture()], []],
+        images=[[make_image()], []],
         padding=True,
         padding_side="right",
         return_tensors="pt",

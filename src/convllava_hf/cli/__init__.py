@@ -12,14 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import ConvLlavaError, first_line
-from ..interrupts import cleared_up
-from ..noise import quiet_imports
+from ..interrupts import cleanup_on_signals
+from ..logging_utils import quiet_imports
 from ..texts import check_text
-from . import ask, assemble, bench, chat, convert, data, demo, eval, push, quickstart, train
+from . import ask, assemble, chat, convert, data, demo, eval, profile, push, quickstart, train
 from .common import shortened
 
 
-COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, eval, push, bench)
+COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, eval, push, profile)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _LONGEST_MESSAGE = 2000  # characters
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_texts(args)
         if args.registers:  # which takes seconds: not before it is needed
             from .. import ConvLlavaConfig  # noqa: F401
-        with cleared_up():
+        with cleanup_on_signals():
             return args.run(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

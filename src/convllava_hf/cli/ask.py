@@ -1,4 +1,4 @@
-"""`convllava ask`: one question about one picture."""
+"""`convllava ask`: one question about one image."""
 
 import argparse
 import json
@@ -7,9 +7,9 @@ from ..texts import storable
 from .common import (
     MODEL_HELP,
     add_generation_arguments,
-    add_picture_arguments,
+    add_image_arguments,
+    image_options,
     load_assistant,
-    picture_options,
     show,
 )
 
@@ -17,37 +17,37 @@ from .common import (
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "ask",
-        help="ask one question about a picture",
-        description="Ask one question about a picture. The answer streams to standard output.",
+        help="ask one question about an image",
+        description="Ask one question about an image. The answer streams to standard output.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("image", metavar="IMAGE", help="path or URL of a picture")
-    parser.add_argument("question", metavar="QUESTION", help="put <image> into it to place the picture in the text")
+    parser.add_argument("image", metavar="IMAGE", help="path or URL of an image")
+    parser.add_argument("question", metavar="QUESTION", help="put <image> into it to place the image in the text")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the answer and its figures")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     add_generation_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..convert.cache import converted_checkpoint
-    from ..inference import open_picture, system_turn, user_turn
+    from ..image_options import check_image_options
+    from ..inference import open_image, system_turn, user_turn
     from ..loading import kind_of_checkpoint
-    from ..picture_options import check_picture_options
 
     # All that can be refused is refused before the weights are read.
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     messages = [system_turn(args.system)] if args.system else []
-    messages.append(user_turn(args.question, [open_picture(args.image)]))
+    messages.append(user_turn(args.question, [open_image(args.image)]))
     checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    check_picture_options(checkpoint, picture_options(args))
+    check_image_options(checkpoint, image_options(args))
     assistant = load_assistant(args, checkpoint)
     answer = assistant.answer(
         messages,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         on_text=None if args.json else show,
-        images_kwargs=picture_options(args),
+        images_kwargs=image_options(args),
     )
     if not args.json:
         print()

@@ -28,7 +28,7 @@ def register(subparsers) -> None:
         type=side,
         default=1536,
         metavar="PIXELS",
-        help="side of the square that pictures are brought to (default: %(default)s)",
+        help="side of the square that images are resized to (default: %(default)s)",
     )
     parser.add_argument(
         "--extra-stage-depth",
@@ -45,12 +45,12 @@ def register(subparsers) -> None:
         help="channels of the stage added to the tower (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: the language model's)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the fresh weights (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the fresh weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument(
         "--chat-template",
         metavar="FILE",
-        help="Jinja file to use in place of the language model's own chat template, such as one of TRL's training "
+        help="Jinja file to use instead of the language model's own chat template, such as one of TRL's training "
         "variants (default: the language model's, with the assistant's turns marked for training)",
     )
     parser.set_defaults(run=run)

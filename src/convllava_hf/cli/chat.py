@@ -10,16 +10,16 @@ from ..texts import storable
 from .common import (
     MODEL_HELP,
     add_generation_arguments,
-    add_picture_arguments,
+    add_image_arguments,
+    image_options,
     load_assistant,
-    picture_options,
     show,
 )
 
 
 HELP = """\
-/image PATH  show the model a picture (path or URL) with the next question
-/reset       forget the conversation and the pictures
+/image PATH  show the model an image (path or URL) with the next question
+/reset       forget the conversation and the images
 /help        say this
 /quit        leave (so does the end of the input)"""
 
@@ -27,29 +27,29 @@ HELP = """\
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "chat",
-        help="talk with a model about pictures",
-        description="Talk with a model about pictures. Each line is a question; lines that start with a slash are:",
+        help="talk with a model about images",
+        description="Talk with a model about images. Each line is a question; lines that start with a slash are:",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--image", metavar="IMAGE", help="path or URL of a picture for the first question")
-    add_picture_arguments(parser)
+    parser.add_argument("--image", metavar="IMAGE", help="path or URL of an image for the first question")
+    add_image_arguments(parser)
     add_generation_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..convert.cache import converted_checkpoint
-    from ..inference import open_picture
+    from ..image_options import check_image_options
+    from ..inference import open_image
     from ..loading import kind_of_checkpoint
-    from ..picture_options import check_picture_options
 
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    pictures = [open_picture(args.image)] if args.image else []
+    images = [open_image(args.image)] if args.image else []
     checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    check_picture_options(checkpoint, picture_options(args))
-    chat = Chat(load_assistant(args, checkpoint), args, pictures)
+    check_image_options(checkpoint, image_options(args))
+    chat = Chat(load_assistant(args, checkpoint), args, images)
     for line in _lines():
         if not chat.take(line.strip()):
             break
@@ -57,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """The conversation so far, and the pictures that wait for the next question."""
+    """The conversation so far, and the images that wait for the next question."""
 
-    def __init__(self, assistant, args: argparse.Namespace, pictures: list):
-        self.assistant = assistant.remembering()
+    def __init__(self, assistant, args: argparse.Namespace, images: list):
+        self.assistant = assistant.with_prompt_cache()
         self.args = args
-        self.pictures = pictures
+        self.images = images
         self.messages = []
         self.forget()
 
@@ -78,10 +78,10 @@ class Chat:
             return False
         try:
             if command == "/image":
-                self.show_picture(argument.strip())
+                self.show_image(argument.strip())
             elif command == "/reset":
                 self.forget()
-                self.pictures = []
+                self.images = []
             elif command == "/help":
                 print(HELP)
             elif command.startswith("/"):
@@ -92,32 +92,32 @@ class Chat:
             _say(str(error))
         return True
 
-    def show_picture(self, path: str) -> None:
-        from ..inference import open_picture
+    def show_image(self, path: str) -> None:
+        from ..inference import open_image
 
         if not path:
-            raise ConvLlavaError("/image needs the path or the URL of a picture.")
-        self.pictures.append(open_picture(path))
+            raise ConvLlavaError("/image needs the path or the URL of an image.")
+        self.images.append(open_image(path))
 
     def ask(self, question: str) -> None:
         """Stream the answer. A question that fails or is interrupted leaves the conversation as it was."""
         from ..inference import assistant_turn, user_turn
 
-        turn = user_turn(question, self.pictures)
+        turn = user_turn(question, self.images)
         try:
             answer = self.assistant.answer(
                 [*self.messages, turn],
                 max_new_tokens=self.args.max_new_tokens,
                 temperature=self.args.temperature,
                 on_text=show,
-                images_kwargs=picture_options(self.args),
+                images_kwargs=image_options(self.args),
             )
         except KeyboardInterrupt:
             print()
             raise ConvLlavaError("Interrupted: this question and its answer are forgotten.") from None
         print()
         self.messages += [turn, assistant_turn(answer.text)]
-        self.pictures = []
+        self.images = []
 
 
 def _lines() -> Iterator[str]:

@@ -11,7 +11,7 @@ from ..errors import ConvLlavaError
 DTYPES = ("bfloat16", "float16", "float32")
 ASPECT_RATIOS = ("pad", "native", "shortest_edge")
 PRESETS = ("tiny", "small", "base", "large", "full")
-TOWERS = ("eager", "fused", "int8", "channels-last", "compiled", "cuda-graphs")
+VISION_BACKENDS = ("eager", "fused", "int8", "channels-last", "compiled", "cuda-graphs")
 MODEL_HELP = "folder of a checkpoint, or its id on the Hub; one of the original code is converted once into a cache"
 # Bounds that nobody needs to pass, and beyond which the answer would be a machine out of memory.
 MOST = 2**31 - 1
@@ -53,8 +53,8 @@ def add_loading_arguments(parser) -> None:
         help="load the language model in 4 or 8 bits by bitsandbytes",
     )
     parser.add_argument(
-        "--tower",
-        choices=TOWERS,
+        "--vision-backend",
+        choices=VISION_BACKENDS,
         help="how the vision tower runs (default: fused on a CPU with bfloat16, else eager)",
     )
     add_trust_argument(parser)
@@ -69,9 +69,9 @@ def add_trust_argument(parser) -> None:
     )
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say how large the model sees pictures; what is not given is the checkpoint's own."""
-    group = parser.add_argument_group("pictures", "How large the model sees them (default: as the checkpoint says).")
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how large the model sees images; what is not given is the checkpoint's own."""
+    group = parser.add_argument_group("images", "How large the model sees them (default: as the checkpoint says).")
     group.add_argument(
         "--preset", choices=PRESETS, help="their own shape, in up to 64, 144, 256, 576 or 2304 visual tokens"
     )
@@ -87,8 +87,8 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-pixels", type=pixels, metavar="N", help="larger ones in their own shape shrink to N")
 
 
-def picture_options(args: argparse.Namespace) -> dict:
-    """What was said about pictures, as arguments of the image processor."""
+def image_options(args: argparse.Namespace) -> dict:
+    """What was said about images, as arguments of the image processor."""
     options = {
         name: getattr(args, name) for name in ("preset", "image_aspect_ratio", "size", "min_pixels", "max_pixels")
     }
@@ -138,8 +138,8 @@ def shortened(text: str) -> str:
 
 def load_assistant(args: argparse.Namespace, checkpoint: str | None = None):
     """The model that the options name, loaded; from `checkpoint`, if the model's name is not what is loaded."""
-    quiet_unless_watched()
-    errors_alone()
+    quiet_unless_tty()
+    set_verbosity_error()
     from ..inference import load
 
     return load(
@@ -147,7 +147,7 @@ def load_assistant(args: argparse.Namespace, checkpoint: str | None = None):
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
-        tower=args.tower,
+        vision_backend=args.vision_backend,
         trust_remote_code=args.trust_remote_code,
     )
 
@@ -169,7 +169,7 @@ def require_training() -> None:
         )
 
 
-def quiet_unless_watched() -> None:
+def quiet_unless_tty() -> None:
     """Switch off transformers' progress bars where stderr is no terminal."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
@@ -177,7 +177,7 @@ def quiet_unless_watched() -> None:
         logging.disable_progress_bar()
 
 
-def errors_alone() -> None:
+def set_verbosity_error() -> None:
     """Let transformers log errors alone: its warnings are about code, which whoever asks a question did not write."""
     from transformers.utils import logging
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             progress=sys.stderr.isatty(),
         )
-    print(f"Wrote {path}. Ask it: convllava ask {path} PICTURE QUESTION")
+    print(f"Wrote {path}. Ask it: convllava ask {path} IMAGE QUESTION")
     return 0
 
 

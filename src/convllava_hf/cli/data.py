@@ -5,14 +5,14 @@ import json
 import os
 import sys
 
-from ..atomic import check_place
+from ..atomic import check_destination
 from .common import (
     MOST,
-    add_picture_arguments,
+    add_image_arguments,
     add_trust_argument,
-    picture_options,
+    image_options,
     positive_int,
-    quiet_unless_watched,
+    quiet_unless_tty,
     whole_number,
 )
 
@@ -21,7 +21,7 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "data",
         help="check a data set, or look at a sample of it",
-        description="Look at conversations with pictures before training on them.",
+        description="Look at conversations with images before training on them.",
     )
     commands = parser.add_subparsers(title="commands", dest="data_command", metavar="COMMAND", required=True)
     _register_check(commands)
@@ -31,12 +31,12 @@ def register(subparsers) -> None:
 def _register_check(commands) -> None:
     parser = commands.add_parser(
         "check",
-        help="count what a data set holds, and find what is wrong with it",
-        description="Read every sample and decode every picture. Exit code 1 if something is wrong.",
+        help="count the contents of a data set, and find what is wrong with it",
+        description="Read every sample and decode every image. Exit code 1 if something is wrong.",
     )
     _add_source(parser)
     parser.add_argument(
-        "--model", metavar="MODEL", help="folder or Hub id of a checkpoint: also count tokens as it does"
+        "--model", metavar="MODEL", help="folder or Hub id of a checkpoint: also count tokens with its processor"
     )
     parser.add_argument(
         "--max-length",
@@ -53,15 +53,15 @@ def _register_check(commands) -> None:
         type=positive_int,
         default=3,
         metavar="N",
-        help="problems of a kind to show (default: %(default)s)",
+        help="how many problems of each kind to show (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--write-clean",
         metavar="NEW",
-        help="write the samples in which nothing wrong was found to a new .json or .jsonl file; FILE must be one too",
+        help="write the samples without problems to a new .json or .jsonl file; FILE must be one too",
     )
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     add_trust_argument(parser)
     parser.set_defaults(run=run_check)
 
@@ -70,16 +70,16 @@ def _register_inspect(commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show one sample as the model will see it",
-        description="Show a sample as rendered by the chat template, its tokens with those that a loss is taken on "
-        "marked, and its pictures as preprocessed.",
+        description="Show a sample as rendered by the chat template, its tokens with those that count in the loss "
+        "marked, and its images after preprocessing.",
     )
     _add_source(parser)
     parser.add_argument("--index", required=True, type=whole_number(0, MOST), metavar="N", help="which sample, from 0")
     parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a checkpoint")
     parser.add_argument(
-        "--save", metavar="PNG", help="write the picture as the model sees it, further ones as NAME-2.png and so on"
+        "--save", metavar="PNG", help="save the image as the model sees it, further ones as NAME-2.png and so on"
     )
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     add_trust_argument(parser)
     parser.set_defaults(run=run_inspect)
 
@@ -89,7 +89,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "file", metavar="FILE", help="JSON, JSONL or parquet file, a folder of them, or a data set's id on the Hub"
     )
     parser.add_argument(
-        "--images", metavar="DIR", help="folder that paths of pictures start from and must stay in (default: FILE's)"
+        "--images", metavar="DIR", help="folder that image paths are relative to and must stay in (default: FILE's)"
     )
     parser.add_argument("--split", default="train", help="of a data set with splits (default: %(default)s)")
     parser.add_argument("--name", help="configuration of a data set on the Hub")
@@ -117,7 +117,7 @@ def run_check(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         workers=args.workers,
         examples=args.examples,
-        pictures=picture_options(args),
+        image_options=image_options(args),
         progress=sys.stderr.isatty(),
         trust_remote_code=args.trust_remote_code,
     )
@@ -135,12 +135,12 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from ..data.inspecting import inspect_sample, save_pictures
+    from ..data.inspecting import inspect_sample, save_images
 
     _be_quiet()
     if args.save:
-        check_place(args.save, "--save")
-    pictures = picture_options(args)
+        check_destination(args.save, "--save")
+    options = image_options(args)
     seen = inspect_sample(
         args.file,
         args.images,
@@ -148,35 +148,35 @@ def run_inspect(args: argparse.Namespace) -> int:
         args.model,
         split=args.split,
         name=args.name,
-        pictures=pictures,
+        image_options=options,
         boxes=args.boxes,
         trust_remote_code=args.trust_remote_code,
     )
-    paths = save_pictures(seen, args.save) if args.save else []
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    paths = save_images(seen, args.save) if args.save else []
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(f"Sample {seen.index}" + (f" ({_printable(seen.id)})" if seen.id else ""))
     print("\nText", _printable(seen.text, keep="\n"), sep="\n")
     print(
         f"\nTokens: {len(seen.tokens)}, of them {seen.visual} visual; a loss is taken on {seen.supervised}, "
-        + ("in colour" if colour else "in [[ ]]")
+        + ("in color" if color else "in [[ ]]")
     )
-    print(_marked(seen.tokens, colour))
-    for number, picture in enumerate(seen.pictures):
-        (height, width), (seen_height, seen_width) = picture.size, picture.seen
-        print(f"\nPicture {number + 1}: {_printable(picture.name)}")
-        print(f"{width} x {height} pixels, seen as {seen_width} x {seen_height}: {picture.tokens} visual tokens")
-        for count, box in enumerate(picture.boxes, 1):
+    print(_marked(seen.tokens, color))
+    for number, image in enumerate(seen.images):
+        (height, width), (seen_height, seen_width) = image.size, image.seen
+        print(f"\nImage {number + 1}: {_printable(image.name)}")
+        print(f"{width} x {height} pixels, seen as {seen_width} x {seen_height}: {image.tokens} visual tokens")
+        for count, box in enumerate(image.boxes, 1):
             print(f"Box {count}: [{', '.join(f'{edge:.3f}' for edge in box)}] of what is seen")
         if paths:
-            drawn = ", with the boxes drawn on it" if picture.boxes else ""
+            drawn = ", with the boxes drawn on it" if image.boxes else ""
             print(f"Saved as {paths[number]}{drawn}")
-    if not seen.pictures:
-        print("\nNo pictures" + (": nothing was saved" if args.save else ""))
+    if not seen.images:
+        print("\nNo images" + (": nothing was saved" if args.save else ""))
     return 0
 
 
 def _be_quiet() -> None:
-    quiet_unless_watched()
+    quiet_unless_tty()
     try:
         import datasets
     except ImportError:
@@ -187,7 +187,7 @@ def _be_quiet() -> None:
 
 def _table(args: argparse.Namespace, report: dict) -> list[str]:
     counts = [("samples", report["samples"]), ("  text only", report["text_only"]), ("turns", report["turns"])]
-    counts.append(("pictures", report["pictures"]))
+    counts.append(("images", report["images"]))
     boxes = report["boxes"]
     if boxes["boxes"]:
         counts += [("boxes", boxes["boxes"]), ("  samples with", boxes["samples"])]
@@ -236,9 +236,9 @@ def _about_boxes(boxes: dict) -> list[str]:
     return [*lines, *([f"Warning: {boxes['warning']}"] if boxes["warning"] else [])]
 
 
-def _marked(tokens: list, colour: bool) -> str:
-    """Tokens between bars, runs of supervised ones marked, runs of a picture's placeholders counted."""
-    start, end = ("\033[1;32m", "\033[0m") if colour else ("[[", "]]")
+def _marked(tokens: list, color: bool) -> str:
+    """Tokens between bars, runs of supervised ones marked, runs of an image's placeholders counted."""
+    start, end = ("\033[1;32m", "\033[0m") if color else ("[[", "]]")
     pieces, position = [], 0
     while position < len(tokens):
         token, run = tokens[position], 1

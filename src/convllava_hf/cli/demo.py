@@ -1,17 +1,24 @@
-"""`convllava demo`: a web page on which to talk with a model about pictures."""
+"""`convllava demo`: a web page on which to talk with a model about images."""
 
 import argparse
 import socket
 
 from ..errors import ConvLlavaError
-from .common import MODEL_HELP, add_generation_arguments, errors_alone, quiet_unless_watched, shortened, whole_number
+from .common import (
+    MODEL_HELP,
+    add_generation_arguments,
+    quiet_unless_tty,
+    set_verbosity_error,
+    shortened,
+    whole_number,
+)
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="show a model on a web page",
-        description="Show a model on a web page: drop a picture, ask, and follow up. Ctrl-C ends it.",
+        description="Show a model on a web page: drop an image, ask, and follow up. Ctrl-C ends it.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -32,7 +39,7 @@ def register(subparsers) -> None:
         type=whole_number(1, 1024),
         default=20,
         metavar="MB",
-        help="size of a picture's file at most (default: %(default)s)",
+        help="size of an image's file at most (default: %(default)s)",
     )
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     add_generation_arguments(parser)
@@ -44,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from ..demo.serving import serve
 
     _check_host(args.host)
-    quiet_unless_watched()
-    errors_alone()
+    quiet_unless_tty()
+    set_verbosity_error()
     longest = max(Limits.answer_tokens, args.max_new_tokens)  # visitors may choose as much as who shows the page does
     limits = Limits(queue=args.queue, upload_bytes=args.max_upload * 2**20, answer_tokens=longest)
     serve(
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
-        tower=args.tower,
+        vision_backend=args.vision_backend,
         trust_remote_code=args.trust_remote_code,
         open_browser=args.open,
         on_ready=lambda url: print(f"The page of {args.model}: {url}\nCtrl-C ends it.", flush=True),

@@ -9,10 +9,10 @@ from ..errors import ConvLlavaError
 from .common import (
     MODEL_HELP,
     MOST,
+    add_image_arguments,
     add_loading_arguments,
-    add_picture_arguments,
+    image_options,
     load_assistant,
-    picture_options,
     positive_int,
     whole_number,
 )
@@ -45,7 +45,7 @@ def register(subparsers) -> None:
     parser.add_argument("--overwrite", action="store_true", help="begin anew where there is a run already")
     parser.add_argument("--report", action="store_true", help="also write DIR/report.html")
     _add_settings(parser.add_argument_group("how it is asked"))
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two folders of finished runs, side by side; asks nothing"
     )
@@ -106,11 +106,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..atomic import check_place
+    from ..atomic import check_destination
     from ..convert.cache import converted_checkpoint
     from ..evaluation.benchmarks import find_benchmark
+    from ..evaluation.run_settings import Model, Settings
     from ..evaluation.runner import evaluate, join_processes
-    from ..evaluation.runs import Model, Settings
     from ..loading import choose_device, choose_dtype, load_processor
 
     names = [name.strip() for name in args.benchmark.split(",")]
@@ -119,11 +119,11 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"--benchmark is {args.benchmark!r}; expected names with commas between them, such as textvqa,pope."
         )
     benchmarks = [find_benchmark(name) for name in names]
-    if check_place(args.output, "--output").is_file():
+    if check_destination(args.output, "--output").is_file():
         raise ConvLlavaError(f"--output is {args.output!r}, which is a file: name a folder.")
     data = _data_of_each(args.data, [benchmark.name for benchmark in benchmarks])
     settings = Settings(
-        args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, picture_options(args)
+        args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, image_options(args)
     )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _be_quiet()
@@ -159,7 +159,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(records, ensure_ascii=False))
         if args.report:
-            from ..evaluation.report import write_report
+            from ..evaluation.html_report import write_report
 
             print(f"Report: {write_report(args.output)}", file=sys.stderr)
     return 0
@@ -168,10 +168,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _be_quiet() -> None:
     import datasets
 
-    from .common import errors_alone, quiet_unless_watched
+    from .common import quiet_unless_tty, set_verbosity_error
 
-    quiet_unless_watched()
-    errors_alone()
+    quiet_unless_tty()
+    set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 

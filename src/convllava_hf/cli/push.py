@@ -17,7 +17,7 @@ def register(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a full model or of a LoRA adapter")
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name on the Hub; made if it is not there")
     card = parser.add_argument_group("the model card")
-    card.add_argument("--license", metavar="ID", help="the licence's id on the Hub, such as llama2 or apache-2.0")
+    card.add_argument("--license", metavar="ID", help="the license's id on the Hub, such as llama2 or apache-2.0")
     card.add_argument("--language", nargs="+", metavar="CODE", help="ISO 639 codes (default: en)")
     card.add_argument(
         "--about", metavar="FILE", help="YAML with what only you know: title, description, datasets, limits"
@@ -28,7 +28,7 @@ def register(subparsers) -> None:
         nargs=2,
         action="append",
         default=[],
-        metavar=("PICTURE", "QUESTION"),
+        metavar=("IMAGE", "QUESTION"),
         help="shown on the page with the model's answer; may be given several times",
     )
     parser.add_argument(

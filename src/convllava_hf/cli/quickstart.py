@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..atomic import check_place
+from ..atomic import check_destination
 from ..errors import ConvLlavaError
 from .common import require_training, seed
 
@@ -15,7 +15,7 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "quickstart",
         help="make, train and judge a miniature ConvLLaVA, in minutes on any machine",
-        description="Draw a world of coloured shapes and signs; train a small tower and a small language model in it, "
+        description="Draw a world of colored shapes and signs; train a small tower and a small language model in it, "
         "join them, and train them in the paper's three stages; then ask the model about scenes that it has not seen. "
         "Nothing is downloaded. A run that was interrupted goes on.",
     )
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if find_spec("sklearn") is None:
         raise ConvLlavaError("The quickstart needs scikit-learn: pip install 'convllava-hf[quickstart]'")
     if args.output is not None:
-        check_place(args.output, "--output")
+        check_destination(args.output, "--output")
     if args.findings and args.device == "cuda":
         raise ConvLlavaError("--device cuda does not go with --findings, which is for a CPU: leave one of them out.")
-    return _find_out(args.output or Path("findings"), args.seed) if args.findings else _quickstart(args)
+    return _run_ablations(args.output or Path("findings"), args.seed) if args.findings else _quickstart(args)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
@@ -76,12 +76,12 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_out(output: Path, seed: int) -> int:
-    from ..miniature.findings import find_out, open_findings
+def _run_ablations(output: Path, seed: int) -> int:
+    from ..miniature.findings import open_findings, run_ablations
 
     run = open_findings(output, seed=seed)
     _announce("The paper's findings in miniature", output)
-    findings = find_out(run)
+    findings = run_ablations(run)
 
     from ..miniature.report import write_findings
 
@@ -101,7 +101,7 @@ def _next_commands(folder: Path, results: dict) -> list[str]:
     """What can be typed now, with the program as it was called; what the last needs is installed before it."""
     program = sys.argv[0] if Path(sys.argv[0]).name == "convllava" else "convllava"
     sample = results["samples"][0]
-    commands = [[program, "ask", folder / "model", folder / sample["picture"], sample["question"]]]
+    commands = [[program, "ask", folder / "model", folder / sample["image"], sample["question"]]]
     if find_spec("gradio") is None:
         commands.append([sys.executable, "-m", "pip", "install", "convllava-hf[demo]"])
     commands.append([program, "demo", folder / "model"])

@@ -22,7 +22,7 @@ def register(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.arguments:
-        raise ConvLlavaError("Nothing says what to train: convllava train --config RECIPE, or --help for all keys.")
+        raise ConvLlavaError("No recipe was given: convllava train --config RECIPE, or --help for all keys.")
     require_training()
     from ..train import main
 

@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
-from ..record import write_record
+from ..training_record import write_record
 from ..trust import check_code, foreign_code
 from . import layout
+from .checkpoint_files import Weights, locate, read_json
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
-from .reading import Weights, locate, read_json
-from .templates import read_template, template_with_pictures
+from .templates import read_template, template_with_images
 from .tokenizers import IMAGE_TOKEN, add_image_token, load_original_tokenizer, prefix_after
 from .towers import StateDict, Tower, read_tower
 from .writing import check_output, new_checkpoint_folder, parse_size
@@ -51,7 +51,7 @@ def assemble(
         output: the folder to make. It appears only when it is complete.
         vision: a ConvNeXt: a timm model name or Hub id, a timm checkpoint file, or a transformers folder or id.
         text: a causal language model: a folder or a Hub id.
-        resolution: side in pixels of the square that pictures are brought to; a multiple of the tower's stride.
+        resolution: side in pixels of the square that images are brought to; a multiple of the tower's stride.
         extra_stage_depth: blocks of the stage added to the tower, 0 for none (the paper adds 6).
         extra_stage_width: channels of that stage (the paper's has 3072).
         dtype: of the written weights. Default: the language model's.
@@ -76,7 +76,7 @@ def assemble(
     image_token_id = add_image_token(tokenizer)
     # Before the weights, which are not needed to find out that a template cannot be trained with.
     after_bos = prefix_after(tokenizer, tokenizer.bos_token) if tokenizer.bos_token else ""
-    template = template_with_pictures(tokenizer, after_bos, given_template)
+    template = template_with_images(tokenizer, after_bos, given_template)
     tower = read_tower(vision)
     tower.log_unused()
     vision_config = _vision_config(tower, resolution, extra_stage_depth, extra_stage_width)
@@ -100,9 +100,9 @@ def assemble(
 
 
 class FreshWeights:
-    """The stages that the tower does not have yet, and the projector, initialised as the model initialises them.
+    """The stages that the tower does not have yet, and the projector, initialized as the model initializes them.
 
-    Made one block at a time, in float32, from `seed` alone.
+    Made one block at a time, in float32, from `seed`.
     """
 
     def __init__(self, model, stages_given: int, seed: int):
@@ -130,20 +130,20 @@ class FreshWeights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for prefix, module in self.modules:
-                initialise = self.model if prefix == PROJECTOR else self.model.model.vision_tower
+                initialize = self.model if prefix == PROJECTOR else self.model.model.vision_tower
                 real = copy.deepcopy(module).to(torch.float32).to_empty(device="cpu")
                 with torch.no_grad():
                     for parameter in real.parameters():
                         parameter.fill_(float("nan"))
-                    real.apply(initialise._init_weights)
+                    real.apply(initialize._init_weights)
                 for name, tensor in real.state_dict().items():
                     if not tensor.isfinite().all():
-                        raise RuntimeError(f"{prefix}{name} was not initialised by the model's _init_weights.")
+                        raise RuntimeError(f"{prefix}{name} was not initialized by the model's _init_weights.")
                     yield prefix + name, tensor
 
 
 def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
-    """The tower's configuration with the stage added and the new picture size."""
+    """The tower's configuration with the stage added and the new image size."""
     if depth < 0 or (depth and width <= 0):
         raise ConvLlavaError(
             f"An extra stage of {depth} blocks and {width} channels is not possible; give positive numbers, or a "
@@ -168,7 +168,7 @@ def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
     except ValueError:
         below = max(resolution // stride, 1) * stride
         raise ConvLlavaError(
-            f"A resolution of {resolution} pixels is no multiple of the tower's stride of {stride} pixels with "
+            f"A resolution of {resolution} pixels is not a multiple of the tower's stride of {stride} pixels with "
             f"{config.num_stages} stages. The nearest possible are {below} and {below + stride}."
         ) from None
     config.image_size = resolution
@@ -185,12 +185,12 @@ def _read_config(folder: Path) -> tuple[PretrainedConfig, PreTrainedModel, PreTr
             base = AutoModel.from_config(config, **_NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ConvLlavaError(
-            f"{_WHAT}: {folder} holds no causal language model of transformers ({_why(error, folder)})."
+            f"{_WHAT}: {folder} does not hold a causal language model that transformers knows ({_why(error, folder)})."
         ) from error
     for key, neutral in _LOGIT_SETTINGS.items():
         if (value := getattr(config, key, None)) not in neutral:
             raise ConvLlavaError(
-                f"{_WHAT}: its config has {key}={value}, by which it changes the logits after its head. ConvLLaVA "
+                f"{_WHAT}: its config has {key}={value}, which changes the logits after the head. ConvLLaVA "
                 "does not; choose another language model."
             )
     return config, model, base
@@ -225,7 +225,7 @@ def _load_whole(folder: Path, names: set[str]) -> StateDict:
 
 
 def _why(error: Exception, folder: Path) -> str:
-    """What went wrong; where the folder brings code, that this is not run: what is made of it has none."""
+    """What went wrong; if the folder has code, also that it is not run, because the new model has none."""
     if "trust_remote_code" in str(error) and (code := foreign_code(folder)):
         return f"it needs code of its own, {'; '.join(code)}, which is not run: choose one that transformers has"
     return first_line(error)

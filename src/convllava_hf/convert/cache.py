@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import ConvLlavaError, first_line
 from ..loading import ORIGINAL, kind_of_checkpoint
-from ..record import read_record
+from ..training_record import read_record
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def converted_checkpoint(source: str | os.PathLike, *, trust_remote_code: bool =
     """The checkpoint to load for `source`: itself, or of an original checkpoint its copy in transformers' layout.
 
     The copy is made the first time, which takes minutes for a model of 7 B parameters and as much space as the
-    original, and is said in a line of the log. Two processes that want it at once make it once.
+    original, and is logged. If two processes want it at the same time, one makes it for both.
 
     Args:
         source: folder or Hub id of a checkpoint, in transformers' layout or in that of the original code.
@@ -58,8 +58,8 @@ def converted_checkpoint(source: str | os.PathLike, *, trust_remote_code: bool =
         _convert_once(name, folder)
     elif _took_the_second_choice(folder):
         logger.warning(
-            "%s has the vision tower of its shards, which the original would not run: when it was converted, the one "
-            "that its config.json names was not to be had.",
+            "%s has the vision tower of its shards, which the original would not use: when it was converted, the one "
+            "that its config.json names was not available.",
             name,
         )
     return str(folder)
@@ -92,7 +92,7 @@ def _convert_once(name: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(name: str, folder: Path) -> Iterator[None]:
-    """Waits until no other process converts into `folder`, and lets none begin meanwhile."""
+    """Waits until no other process converts into `folder`, and keeps others from starting."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.with_name(f".cached-{folder.name}.lock"))
@@ -129,7 +129,7 @@ def _took_the_second_choice(folder: Path) -> bool:
 
 
 def _cached_name(name: str) -> str:
-    """The name in the cache: readable at its start, and another one if anything differs that decides the content."""
+    """The name in the cache: readable at its start, and different if anything that the content depends on differs."""
     folder, state = _state(name)
     states = {"checkpoint": state, "tower": _tower_state(name, folder), "code": _code()}
     digest = hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()[:16]
@@ -151,7 +151,7 @@ def _state(name: str) -> tuple[Path, list]:
 
 
 def _tower_state(name: str, folder: Path) -> list:
-    """As `_state`, of the tower that is converted with the checkpoint; what is not to be had has a state as well."""
+    """As `_state`, of the tower that is converted with the checkpoint; what is not available has a state as well."""
     states: list = [_listing(folder / "vision_tower")] if os.path.isdir(name) else []
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = str(config["mm_vision_tower"])

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from ..errors import ConvLlavaError
-from ..record import write_record
+from ..training_record import write_record
 from . import layout
+from .checkpoint_files import Weights, locate
 from .original import configuration_errors, read_original_config, text_config_of
-from .reading import Weights, locate
 from .templates import vicuna_template
 from .tokenizers import IMAGE_TOKEN, load_original_tokenizer, prefix_after
 from .tower_choice import choose_tower, find_tower
@@ -33,15 +33,15 @@ def convert_checkpoint(
     """Converts a checkpoint of the original ConvLLaVA code (github.com/alibaba/conv-llava).
 
     Weights are read and written one tensor at a time; the model is never built in memory. Which vision tower is taken,
-    and whether it equals the other one where there are two, is logged and stands in the new training_record.json.
+    and whether it equals the other one where there are two, is logged and recorded in the new training_record.json.
 
     Args:
         source: the checkpoint's folder, or its id on the Hub.
         output: the folder to make. It appears only when it is complete.
         vision_tower: folder or Hub id of the tower, or `"shards"` for the one in the checkpoint's shards. Default: the
             tower that the original runs, which is in the checkpoint's folder `vision_tower/` or where
-            `mm_vision_tower` in its config.json says; the shards' only where that one has no weights or is not to be
-            had.
+            `mm_vision_tower` in its config.json says; the shards' only where that one has no weights or is not
+            available.
         dtype: of the written weights, such as `"bfloat16"`. Default: what config.json says.
         overwrite: replace `output` if it is a checkpoint already.
         max_shard_size: bytes of an output file, or a size such as `"2GB"`.

@@ -1,4 +1,4 @@
-"""How parameters are called elsewhere, and the pure function that says what they are called here.
+"""Parameter names of other checkpoints, and the pure function that maps them to the names here.
 
 A table is an ordered tuple of (anchored pattern, name here). The first pattern that matches a name decides; a name
 here of `None` means that the weight is known and not used by ConvLLaVA. A name that no pattern matches is an error.
@@ -87,7 +87,7 @@ def language_model_table(base_model_prefix: str, head: str, tied: bool) -> Table
     """The table of a causal language model of transformers.
 
     Args:
-        base_model_prefix: what stands before the names of the model without its head, such as `model`.
+        base_model_prefix: the prefix of the names of the model without its head, such as `model`.
         head: the name of the head's weight, such as `lm_head.weight`.
         tied: whether the head is the embedding matrix; a copy in the file is not used then.
     """
@@ -112,7 +112,7 @@ def rename_key(name: str, table: Table) -> str | None:
 
 
 def plan_renaming(sources: Mapping[str, tuple[Iterable[str], Table]], expected: Iterable[str]) -> dict[str, tuple]:
-    """Which source gives each expected parameter, from names alone.
+    """Which source gives each expected parameter, by name.
 
     Args:
         sources: for each source (a name for messages) its parameters' names and the table that reads them.

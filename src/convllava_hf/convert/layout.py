@@ -19,8 +19,8 @@ from ..registration import (
     ConvLlavaImageProcessor,
     ConvLlavaProcessor,
 )
+from .checkpoint_files import read_json
 from .keys import HEAD, Table, plan_renaming
-from .reading import read_json
 from .tokenizers import IMAGE_TOKEN, make_portable
 from .writing import ShardWriter
 
@@ -97,9 +97,9 @@ def new_processor(
 
 
 def new_generation_config(folder: Path, text_config, tokenizer, vocab_size: int) -> GenerationConfig:
-    """How the new model generates: as the source in `folder` does, and never `<image>` or a token that is none.
+    """How the new model generates: as the source in `folder` does, but never `<image>` or padding rows.
 
-    Rows that pad the vocabulary, and the picture's, are never trained towards, so generation must not choose them.
+    Rows that pad the vocabulary, and the image's, are never trained towards, so generation must not choose them.
     """
     path = folder / "generation_config.json"
     values = read_json(path, "The checkpoint") if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Marks the assistant's turns in a language model's chat template, so that a loss can be taken on them alone.
+"""Marks the assistant's turns in a language model's chat template, so that only they count in the loss.
 
 Chat templates write messages in many ways: all roles in one expression, a branch for each role, by way of variables.
 They have in common a loop over the messages. What the loop writes for one message is captured here, and where the
@@ -37,7 +37,7 @@ _SYNTAX = re.compile(
 _DROPS_THOUGHTS = "{%- if loop.last or (not loop.last and reasoning_content) %}"
 # Qwen2.5 writes the role in one statement, and the line break in the next with what is said. TRL's training variant
 # takes the loss on that line break too, so we do.
-_ROLE_ALONE = re.compile(r"""['"]<\|im_start\|>['"] \+ message\.role \}\}""")
+_BARE_ROLE = re.compile(r"""['"]<\|im_start\|>['"] \+ message\.role \}\}""")
 
 
 class TemplateFailure(Exception):
@@ -258,7 +258,7 @@ def _header(turns: list[_Turn], template: str) -> str:
     given = os.path.commonprefix([header, *prompts])
     if given in prompts or (not prompts and not header.strip()):
         header = given if prompts else ""  # what the model writes itself is learned, be it a blank
-    return header.removesuffix("\n") if _ROLE_ALONE.search(template) else header
+    return header.removesuffix("\n") if _BARE_ROLE.search(template) else header
 
 
 def _stops(tokenizer: Any) -> re.Pattern:

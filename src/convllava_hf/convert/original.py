@@ -11,7 +11,7 @@ from transformers import ConvNextConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ConvLlavaError
-from .reading import read_json
+from .checkpoint_files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def read_original_config(folder: Path) -> dict:
             )
     if config.get("image_aspect_ratio") != "pad":
         logger.warning(
-            "config.json has image_aspect_ratio=%r; the converted model pads pictures to a square, which is how "
+            "config.json has image_aspect_ratio=%r; the converted model pads images to a square, which is how "
             "ConvLLaVA was trained.",
             config.get("image_aspect_ratio"),
         )
@@ -134,7 +134,7 @@ def deduced_tower_config(shapes: Mapping[str, Sequence[int]], what: str) -> Conv
     """The configuration of a ConvNeXt from the shapes of its weights; `image_size` says nothing then.
 
     Args:
-        shapes: by the weights' names here, without what stands before them.
+        shapes: by the weights' names here, without prefix.
         what: what it is, for messages.
 
     Raises:
@@ -172,7 +172,7 @@ def image_settings_of(tower: Path, config: dict, stated_size: int | None) -> dic
         stated_size: `image_size` of the tower's config.json, in pixels.
 
     Raises:
-        ConvLlavaError: the resolution stands in none of the three.
+        ConvLlavaError: none of the three says what the resolution is.
     """
     path = tower / "preprocessor_config.json"
     preprocessor = read_json(path, "The vision tower") if path.is_file() else {}
@@ -219,7 +219,7 @@ def _square_side(size, path: Path) -> int | None:
 
 @contextlib.contextmanager
 def configuration_errors(what: str) -> Iterator[None]:
-    """Says of values that transformers' or our classes cannot work with, where they come from.
+    """Adds to errors about values that transformers' or our classes cannot work with where they come from.
 
     Raises:
         ConvLlavaError: the block met such a value.

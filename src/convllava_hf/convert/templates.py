@@ -1,4 +1,4 @@
-"""Chat templates: Vicuna's, and a language model's own with pictures in it."""
+"""Chat templates: Vicuna's, and a language model's own with images in it."""
 
 from importlib import resources
 from pathlib import Path
@@ -11,10 +11,10 @@ from .tokenizers import IMAGE_TOKEN, prefix_after
 
 _FIRST_LINES = '{%- set after_bos = " " -%}\n{%- set after_image = after_bos -%}\n'
 
-# Stands before a template that knows nothing of pictures and hands it every message's content as a string, with a line
-# of its own for each picture. It ends without stripping, so the template behind it begins exactly as before.
-_PICTURES = """\
-{%- set with_pictures = namespace(messages=[]) -%}
+# Stands before a template that knows nothing of images and hands it every message's content as a string, with a line
+# of its own for each image. It ends without stripping, so the template behind it begins exactly as before.
+_IMAGES = """\
+{%- set with_images = namespace(messages=[]) -%}
 {%- for message in messages -%}
     {%- if message["content"] is defined and message["content"] is iterable and message["content"] is not string -%}
         {%- set written = namespace(text="") -%}
@@ -27,12 +27,12 @@ _PICTURES = """\
                 {{- raise_exception("A message's part is of type '" + part["type"] + "'; expected text or image.") -}}
             {%- endif -%}
         {%- endfor -%}
-        {%- set with_pictures.messages = with_pictures.messages + [dict(message, content=written.text)] -%}
+        {%- set with_images.messages = with_images.messages + [dict(message, content=written.text)] -%}
     {%- else -%}
-        {%- set with_pictures.messages = with_pictures.messages + [message] -%}
+        {%- set with_images.messages = with_images.messages + [message] -%}
     {%- endif -%}
 {%- endfor -%}
-{%- set messages = with_pictures.messages %}
+{%- set messages = with_images.messages %}
 """
 
 
@@ -55,7 +55,7 @@ def vicuna_template(after_bos: str = " ", after_image: str | None = None) -> str
     return first + template.removeprefix(_FIRST_LINES)
 
 
-def template_with_pictures(tokenizer, after_bos: str, template: str | None = None) -> str:
+def template_with_images(tokenizer, after_bos: str, template: str | None = None) -> str:
     """The chat template of a language model's tokenizer, able to take images, with the assistant's turns marked for
     training; Vicuna's where the tokenizer has none.
 
@@ -73,14 +73,14 @@ def template_with_pictures(tokenizer, after_bos: str, template: str | None = Non
     if not template:
         template = vicuna_template(after_bos)
         template = template if tokenizer.bos_token else '{%- set bos_token = "" -%}\n' + template
-    elif not _takes_pictures(tokenizer, template):
-        template = _pictures(tokenizer) + template
+    elif not _takes_images(tokenizer, template):
+        template = _images(tokenizer) + template
     return mark_assistant(tokenizer, template)
 
 
-def _pictures(tokenizer) -> str:
-    """`_PICTURES`, with what gives the text after an image its dummy prefix."""
-    return _PICTURES.replace(IMAGE_TOKEN, IMAGE_TOKEN + prefix_after(tokenizer, IMAGE_TOKEN))
+def _images(tokenizer) -> str:
+    """`_IMAGES`, with what gives the text after an image its dummy prefix."""
+    return _IMAGES.replace(IMAGE_TOKEN, IMAGE_TOKEN + prefix_after(tokenizer, IMAGE_TOKEN))
 
 
 def read_template(path: str | Path) -> str:
@@ -95,7 +95,7 @@ def read_template(path: str | Path) -> str:
         raise ConvLlavaError(f"The chat template {str(path)!r} cannot be read: {first_line(error)}.") from error
 
 
-def _takes_pictures(tokenizer, template: str) -> bool:
+def _takes_images(tokenizer, template: str) -> bool:
     content = [{"type": "image"}, {"type": "text", "text": "probe"}]
     try:
         with time_limit():

@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece models into fast tokenizers with the original's ids, and the picture's placeholder."""
+"""Tokenizers: SentencePiece models into fast tokenizers with the original's ids, and the image's placeholder."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConvLlavaError
 from ..modeling.processing_convllava import IMAGE_TOKEN
-from .reading import read_json
+from .checkpoint_files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def sentencepiece_backend(model_file: Path, settings: dict) -> Tokenizer:
     """A `tokenizers.Tokenizer` that gives what the slow `LlamaTokenizer` with these settings gives.
 
     With `legacy` true the slow one puts SentencePiece's dummy prefix before every piece of text between special
-    tokens; with `legacy` false only before the beginning of the text, unless a special token stands there.
+    tokens; with `legacy` false only before the beginning of the text, unless a special token is there.
 
     Args:
         model_file: `tokenizer.model`.
@@ -121,7 +121,7 @@ def add_image_token(tokenizer) -> int:
 
 
 def prefix_after(tokenizer, special_token: str) -> str:
-    """What text after a special token must begin with to be tokenized like text that stands alone: `" "` or nothing.
+    """What text after a special token must begin with to be tokenized like text on its own: `" "` or nothing.
 
     A blank for SentencePiece's tokenizers with `legacy: false`, which put their dummy prefix before the first text
     only.
@@ -130,8 +130,8 @@ def prefix_after(tokenizer, special_token: str) -> str:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    alone = ids("A picture")
-    if ids(special_token + "A picture")[1:] != alone and ids(special_token + " A picture")[1:] == alone:
+    alone = ids("An image")
+    if ids(special_token + "An image")[1:] != alone and ids(special_token + " An image")[1:] == alone:
         return " "
     return ""
 
@@ -187,7 +187,7 @@ def _read_proto(model_file: Path):
     if proto.trainer_spec.model_type != 2:
         unlike.append("its model is not BPE")
     if normalizer.precompiled_charsmap:
-        unlike.append(f"it normalises text ({normalizer.name})")
+        unlike.append(f"it normalizes text ({normalizer.name})")
     if normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
         unlike.append("it changes blanks")
     if any(piece.type == _USER_DEFINED for piece in proto.pieces):
@@ -271,8 +271,8 @@ def _check_against_sentencepiece(model_file: Path, tokenizer: PreTrainedTokenize
     suffix = prefix_after(tokenizer, IMAGE_TOKEN)
     for text in _PROBES:
         expected = reference.encode(text)
-        after_picture = IMAGE_TOKEN + suffix + text if text else IMAGE_TOKEN
-        for given, ids in ((text, expected), (after_picture, [image_id, *expected])):
+        after_image = IMAGE_TOKEN + suffix + text if text else IMAGE_TOKEN
+        for given, ids in ((text, expected), (after_image, [image_id, *expected])):
             if (found := tokenizer.encode(given, add_special_tokens=False)) != ids:
                 raise ConvLlavaError(
                     f"The converted tokenizer gives {given!r} the ids {found}, but SentencePiece gives {ids}. Please "

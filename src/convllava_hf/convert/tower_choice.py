@@ -1,8 +1,8 @@
-"""Which vision tower a converted checkpoint gets.
+"""Chooses the vision tower of a converted checkpoint.
 
 The original runs the tower that `mm_vision_tower` in config.json names: it builds the model with `delay_load=True` and
 loads that tower, so tower weights in the checkpoint's own shards are never read. The released checkpoints hold such
-weights all the same, and whether both are equal only a comparison tells.
+weights all the same, and only a comparison shows whether both are equal.
 """
 
 import logging
@@ -15,10 +15,10 @@ from typing import Any
 from transformers import ConvNextConfig
 
 from ..errors import ConvLlavaError
-from ..record import portable_name
+from ..training_record import portable_name
+from .checkpoint_files import SMALL_FILES, UnreachableError, Weights, has_weights, indexed_weights, locate, read_json
 from .keys import CONVNEXT_TABLE, ORIGINAL_TABLE, SHARDS_TOWER, SHARDS_TOWER_TABLE, TOWER, Table, rename_key
 from .original import deduced_tower_config, image_settings_of, tower_config_of
-from .reading import SMALL_FILES, Unreachable, Weights, has_weights, indexed_weights, locate, read_json
 from .tower_comparison import Comparison, compare_weights
 
 
@@ -42,25 +42,25 @@ class Place:
     name: str
 
     def configs(self) -> Path:
-        """The folder with what is small.
+        """The folder with the small files.
 
         Raises:
-            Unreachable: there is no config.json, or no such folder or repository.
+            UnreachableError: there is no config.json, or no such folder or repository.
         """
         folder = locate(self.reference, _WHAT, weights=(), files=self._files) / self.inner
         if not (folder / "config.json").is_file():
-            raise Unreachable(f"{_WHAT}: {folder} has no config.json.")
+            raise UnreachableError(f"{_WHAT}: {folder} has no config.json.")
         return folder
 
     def weights(self) -> Weights:
         """Its weights, downloaded where they are not here.
 
         Raises:
-            Unreachable: there are none.
+            UnreachableError: there are none.
         """
         folder = locate(self.reference, _WHAT, weights=(self.inner,), files=self._files) / self.inner
         if not has_weights(folder):
-            raise Unreachable(f"{_WHAT}: {folder} holds no weights.")
+            raise UnreachableError(f"{_WHAT}: {folder} holds no weights.")
         return Weights(folder, _WHAT)
 
     @property
@@ -132,7 +132,7 @@ def find_tower(source: str | Path, folder: Path, config: dict, asked: str | Path
             described = described or found
             found.weights = place.weights()
             return found
-        except Unreachable as error:
+        except UnreachableError as error:
             reasons.append(str(error))
         except ConvLlavaError as error:
             if asked == SHARDS:
@@ -215,12 +215,14 @@ def _look(place: Place) -> FoundTower:
     folder = place.configs()
     config = read_json(folder / "config.json", _WHAT)
     if "model_type" not in config and "architecture" in config:
-        raise Unreachable(f"{_WHAT}: {folder} holds a tower that timm saved; expected one that transformers saved.")
+        raise UnreachableError(
+            f"{_WHAT}: {folder} holds a tower that timm saved; expected one that transformers saved."
+        )
     return FoundTower(place.name, bool(place.inner), folder, tower_config_of(folder), config.get("image_size"))
 
 
 def _weights_at_hand(folder: Path) -> Weights | None:
-    """The weights in a folder if all of them are there; nothing is downloaded for a comparison alone."""
+    """The weights in a folder if all of them are there; nothing is downloaded just for a comparison."""
     try:
         return Weights(folder, _WHAT) if has_weights(folder) else None
     except ConvLlavaError as error:
@@ -229,7 +231,7 @@ def _weights_at_hand(folder: Path) -> Weights | None:
 
 
 def _check_shards_hold_a_tower(folder: Path) -> None:
-    """Refuses early where the index tells; without an index `choose_tower` sees it when it has the weights."""
+    """Refuses early if the index shows it; without an index `choose_tower` finds out when it has the weights."""
     names = indexed_weights(folder, "The checkpoint")
     if names is not None and not any(name.startswith(SHARDS_TOWER) for name in names):
         raise ConvLlavaError(
@@ -251,7 +253,7 @@ def _shapes_in(shards: Weights, names: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _tell(found: FoundTower, asked, from_shards: bool, comparison: Comparison | None) -> None:
-    """Says which tower is taken. What the original would not have run, or may not have, is a warning."""
+    """Logs which tower is taken; a warning if the original would, or may, have used another one."""
     if comparison is not None:
         message = f"The vision towers in {found.name} and in the checkpoint's shards {comparison}."
         if comparison.identical:

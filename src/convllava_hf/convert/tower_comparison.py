@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from .checkpoint_files import Weights
 from .keys import TOWER, Table, rename_key
-from .reading import Weights
 
 
 @dataclass(frozen=True)

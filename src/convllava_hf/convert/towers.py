@@ -21,9 +21,9 @@ from transformers.image_utils import (
 )
 
 from ..errors import ConvLlavaError, first_line
+from .checkpoint_files import Weights, locate, read_json
 from .keys import CONVNEXT_TABLE, TIMM_TABLE, Table, rename_key
 from .original import tower_config_of
-from .reading import Weights, locate, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ NORM_EPS = 1e-6  # of every norm in transformers' ConvNeXt blocks
 
 @dataclass
 class Tower:
-    """A ConvNeXt to build on: its config, its weights with the table that reads them, and how it sees pictures."""
+    """A ConvNeXt to build on: its config, its weights with the table that reads them, and how it sees images."""
 
     config: ConvNextConfig
     weights: object
@@ -102,7 +102,7 @@ def read_tower(reference: str | Path) -> Tower:
 
 
 def timm_tower_config(shapes: dict[str, torch.Size], what: str = _WHAT) -> ConvNextConfig:
-    """The configuration of a ConvNeXt in timm's naming, from its parameters' names and shapes alone.
+    """The configuration of a ConvNeXt in timm's naming, from its parameters' names and shapes.
 
     Raises:
         ConvLlavaError: it is no ConvNeXt, or a variant that transformers' blocks cannot express.
@@ -204,7 +204,7 @@ def _import_timm():
 
 
 def _activation_name(activation: torch.nn.Module, name: str) -> str:
-    """transformers' name of a function, found by what it computes: libraries disagree on names."""
+    """transformers' name of a function, found by what it computes: libraries name it differently."""
     probe = torch.linspace(-4, 4, 101, dtype=torch.float64)
     for candidate in ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu"):
         if torch.allclose(ACT2FN[candidate](probe), activation(probe.clone()), rtol=0, atol=1e-9):

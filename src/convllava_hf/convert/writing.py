@@ -1,4 +1,4 @@
-"""Writing a checkpoint: tensor by tensor, into a temporary folder that takes its name when all is well."""
+"""Writing a checkpoint: tensor by tensor, into a temporary folder that is renamed at the end if all went well."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..atomic import check_place, lock_beside, naming, replacing_folder
+from ..atomic import check_destination, lock_next_to, naming, replacing_folder
 from ..errors import ConvLlavaError
 
 
@@ -46,7 +46,7 @@ def parse_size(size: int | str) -> int:
 
 @contextlib.contextmanager
 def new_checkpoint_folder(output: str | Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes `output` if the block succeeds, and vanishes if it does not.
+    """A temporary folder next to `output` that becomes `output` if the block succeeds, and is deleted if not.
 
     Args:
         output: the folder to make.
@@ -63,16 +63,16 @@ def new_checkpoint_folder(output: str | Path, overwrite: bool, inputs: tuple[Pat
 
 
 def check_output(output: str | Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Refuses an output that cannot be written, before anything costs time; see `new_checkpoint_folder`.
+    """Refuses an output that cannot be written, before any long work; see `new_checkpoint_folder`.
 
-    What a process that died while it replaced the output has left is put back and cleared.
+    If a process died while it was replacing the output, the old one is put back and leftovers are deleted.
     """
     if not os.fspath(output):
         raise ConvLlavaError("The name of the folder to write is empty.")
-    check_place(output, "The folder to write")
+    check_destination(output, "The folder to write")
     output = _real(output)
     if output.parent.is_dir():
-        with lock_beside(output):
+        with lock_next_to(output):
             pass
     if not os.path.lexists(output):
         return
@@ -81,16 +81,16 @@ def check_output(output: str | Path, overwrite: bool, inputs: tuple[Path, ...] =
     for folder in inputs:
         folder = Path(folder).resolve()
         if output == folder or output in folder.parents:
-            raise ConvLlavaError(f"{output} holds what is being read ({folder}); choose another folder to write.")
+            raise ConvLlavaError(f"{output} contains what is being read ({folder}); choose another folder to write.")
     if not output.is_dir() or (any(output.iterdir()) and not _is_checkpoint(output)):
         raise ConvLlavaError(
-            f"{output} is no model checkpoint, so it is not replaced even with --overwrite. Choose another folder, or "
-            "remove it yourself."
+            f"{output} is not a model checkpoint, so it is not replaced even with --overwrite. Choose another folder, "
+            "or remove it yourself."
         )
 
 
 def _real(path: str | Path) -> Path:
-    """As `Path.resolve`, which before Python 3.13 fails at links that lead in a circle."""
+    """As `Path.resolve`, which before Python 3.13 fails on circular links."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
@@ -118,7 +118,7 @@ class ShardWriter:
     Args:
         folder: where to write.
         tensors: name, shape and dtype of every tensor, in the order in which they will be written.
-        max_shard_size: bytes of a shard; a larger tensor gets a shard of its own.
+        max_shard_size: bytes of a shard; a larger tensor gets its own shard.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_size: int):

@@ -1,6 +1,6 @@
-"""Conversations with pictures: read, checked, looked at, and made ready for training."""
+"""Conversations with images: read, checked, looked at, and made ready for training."""
 
-from .sources import load_training_data
+from .training_data import load_training_data
 
 
 __all__ = ["load_training_data"]

@@ -1,4 +1,4 @@
-"""What is done about samples that cannot be used: the first ends the run, or they are left out and counted."""
+"""What happens to samples that cannot be used: the first ends the run, or they are left out and counted."""
 
 import logging
 import os
@@ -80,7 +80,7 @@ class BadSamples:
             )
 
     def warn(self, of: int) -> None:
-        """Says once what was left out of so many samples, in the first process of a run alone."""
+        """Says once what was left out of so many samples, only in the first process of a run."""
         if self.counts and os.environ.get("RANK", "0") == "0":
             logger.warning(
                 "%d of %d samples cannot be used and are left out: %s. The first: %s",

@@ -1,4 +1,4 @@
-"""Checks a data set before a training run stumbles over it."""
+"""Checks a data set before a training run fails on it."""
 
 import itertools
 import multiprocessing
@@ -13,15 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError, first_line
-from ..picture_options import with_picture_options
+from ..image_options import with_image_options
 from ..texts import storable
-from .conversations import SampleError, identity_of, pictures_of, sample_of
-from .paths import PictureFolder, located
-from .picture_files import examine
-from .reading import BrokenFileError, SampleFile
-from .report import Problem, Report, Tokens
-from .sources import open_records, picture_folder
+from .check_report import Problem, Report, Tokens
+from .conversations import SampleError, identity_of, images_of, sample_of
+from .image_files import examine
+from .json_reader import BrokenFileError, SampleFile
+from .paths import ImageFolder, located
 from .tokens import TokenCounter, template_fault
+from .training_data import folder_of_images, open_records
 
 
 CHUNK = 64  # samples that a worker takes at once
@@ -30,16 +30,16 @@ MOST_WORKERS = 16  # unless asked for; each takes up to 1 GB
 
 
 class SampleChecker:
-    """Looks at samples one by one.
+    """Checks samples one by one.
 
     Args:
-        folder: where pictures must lie.
+        folder: where images must lie.
         processor: with one, tokens are counted as well.
         max_length: tokens a sample may have.
         examples: problems of a kind that are kept; all are counted.
     """
 
-    def __init__(self, folder: PictureFolder, processor: Any = None, max_length: int = 2048, examples: int = 3):
+    def __init__(self, folder: ImageFolder, processor: Any = None, max_length: int = 2048, examples: int = 3):
         self.folder = folder
         self.examples = examples
         self.max_length = max_length
@@ -65,15 +65,15 @@ class SampleChecker:
         except SampleError as error:
             yield error.kind, str(error)
         try:
-            pictures = pictures_of(record) if isinstance(record, dict) else []
+            images = images_of(record) if isinstance(record, dict) else []
         except SampleError:
             return  # said already
-        report.pictures += len(pictures)
-        report.text_only += messages is not None and not pictures
+        report.images += len(images)
+        report.text_only += messages is not None and not images
         sizes = []
-        for picture in pictures:
+        for image in images:
             try:
-                examined = examine(located(picture, self.folder))
+                examined = examine(located(image, self.folder))
             except SampleError as error:
                 yield error.kind, str(error)
                 continue
@@ -82,8 +82,8 @@ class SampleChecker:
             if examined.size is not None:
                 sizes.append(examined.size)
         if messages is not None:
-            report.boxes.add_sample(messages, sizes if len(sizes) == len(pictures) else ())
-        if self.count_tokens is not None and messages is not None and len(sizes) == len(pictures):
+            report.boxes.add_sample(messages, sizes if len(sizes) == len(images) else ())
+        if self.count_tokens is not None and messages is not None and len(sizes) == len(images):
             found = self._token_problems(messages, sizes, report)
             # Where the chat template marks nothing, no sample is to blame.
             blameless = () if self.count_tokens.template_fault is None else ("no supervised token",)
@@ -92,12 +92,12 @@ class SampleChecker:
     def _token_problems(self, messages: list[dict], sizes: list, report: Report) -> Iterator[tuple[str, str]]:
         try:
             tokens, left = self.count_tokens.count(messages, sizes)
-        except Exception as error:  # a chat template raises whatever its expressions stumble over
+        except Exception as error:  # a chat template can raise any exception
             yield "refused by the template", first_line(error)
             return
         report.tokens.add(tokens)
         counts = f"It has {tokens.total} tokens, {tokens.visual} of them visual; the limit is {self.max_length}"
-        if left.visual < tokens.visual:  # training cuts texts, but no picture
+        if left.visual < tokens.visual:  # training cuts texts, but no image
             yield "too many visual tokens", counts
         elif tokens.total > self.max_length:
             yield "too long", counts
@@ -116,11 +116,11 @@ def check_data(
     max_length: int = 2048,
     workers: int | None = None,
     examples: int = 3,
-    pictures: Mapping[str, Any] | None = None,
+    image_options: Mapping[str, Any] | None = None,
     progress: bool = False,
     trust_remote_code: bool = False,
 ) -> Report:
-    """Checks every sample and decodes every picture of a data set.
+    """Checks every sample and decodes every image of a data set.
 
     Args:
         path, image_folder, split, name: as in `load_training_data`.
@@ -128,7 +128,8 @@ def check_data(
         max_length: tokens that a sample may have; needs `model`.
         workers: processes to use where there is much to do; default: one for each CPU that this one may use, up to 16.
         examples: problems of a kind that are kept; all are counted.
-        pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`; needs `model`.
+        image_options: how large the model sees images, where not as `model` says: some of `IMAGE_OPTIONS`;
+            needs `model`.
         progress: show a bar on standard error.
         trust_remote_code: whether code that comes with `model` may run, see `trust`.
 
@@ -137,8 +138,8 @@ def check_data(
     """
     records, _ = open_records(path, split=split, name=name)
     checker = (
-        picture_folder(path, image_folder),
-        load_processor(model, pictures, trust_remote_code),
+        folder_of_images(path, image_folder),
+        load_data_processor(model, image_options, trust_remote_code),
         max_length,
         examples,
     )
@@ -153,7 +154,7 @@ def check_data(
     if checker[1] is not None and (fault := template_fault(checker[1])) is not None:
         report.add_problem(Problem("chat template", fault))
     for error in broken:
-        report.add_problem(Problem("broken file", f"{error} Nothing after this place was read."))
+        report.add_problem(Problem("broken file", f"{error} Nothing after this point was read."))
     return report
 
 
@@ -193,7 +194,7 @@ def _reports(chunks: Iterator[list], checker: tuple, workers: int) -> Iterator[R
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise ConvLlavaError("A worker was killed, perhaps for want of memory. Try --workers 1.") from error
+            raise ConvLlavaError("A worker was killed, perhaps because memory ran out. Try --workers 1.") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -216,14 +217,14 @@ def _cpus() -> int:
     return min(cpus, MOST_WORKERS)
 
 
-def load_processor(
-    model: str | os.PathLike | None, pictures: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+def load_data_processor(
+    model: str | os.PathLike | None, image_options: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> Any:
     if model is None:
-        if pictures:
-            raise ConvLlavaError(f"{', '.join(pictures)} say how a model sees pictures: name a model as well.")
+        if image_options:
+            raise ConvLlavaError(f"{', '.join(image_options)} say how a model sees images: name a model as well.")
         return None
     from .. import loading
 
     processor = loading.load_processor(model, trust_remote_code=trust_remote_code)
-    return with_picture_options(processor, pictures or {})
+    return with_image_options(processor, image_options or {})

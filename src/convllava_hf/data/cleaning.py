@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import ConvLlavaError
 from ..texts import shown
-from .reading import BrokenFileError, SampleFile
-from .report import Report
-from .sources import JSON_SUFFIXES, open_records
+from .check_report import Report
+from .json_reader import BrokenFileError, SampleFile
+from .training_data import JSON_SUFFIXES, open_records
 
 
 class CleanFile:
@@ -38,7 +38,7 @@ class CleanFile:
         if self.target.suffix.lower() not in JSON_SUFFIXES:
             raise ConvLlavaError(f"--write-clean is {str(target)!r}; expected a name that ends in .json or .jsonl.")
         if os.path.lexists(self.target):
-            raise ConvLlavaError(f"{str(target)!r} is there already: choose another name for --write-clean.")
+            raise ConvLlavaError(f"{str(target)!r} already exists: choose another name for --write-clean.")
         if not self.target.parent.is_dir() or not os.access(self.target.parent, os.W_OK):
             raise ConvLlavaError(f"--write-clean is in {str(self.target.parent)!r}: no folder that can be written to.")
         self._temporary = self.target.with_name(f".{self.target.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -58,7 +58,7 @@ class CleanFile:
             ConvLlavaError: the source has changed since, or somebody else has written the target.
         """
         if _state(self.records.path) != self._before:
-            raise ConvLlavaError(f"{self.records.path} has changed while it was checked: check it again.")
+            raise ConvLlavaError(f"{self.records.path} changed while it was being checked: check it again.")
         bad, written = set(report.bad), 0
         temporary = self._temporary
         try:
@@ -72,7 +72,9 @@ class CleanFile:
             try:
                 os.link(temporary, self.target)  # unlike a renaming, never over another file
             except FileExistsError as error:
-                raise ConvLlavaError(f"{str(self.target)!r} was written meanwhile, and is left as it is.") from error
+                raise ConvLlavaError(
+                    f"{str(self.target)!r} was written by somebody else in the meantime, so it is left unchanged."
+                ) from error
             except OSError:  # a file system without hard links
                 os.rename(temporary, self.target)
         finally:

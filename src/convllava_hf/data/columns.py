@@ -1,6 +1,6 @@
-"""Data sets of the Hub's form, in whatever columns they come, with the columns that training takes.
+"""Data sets of the Hub's form, in any columns, with the columns that training takes.
 
-Pictures that a table holds as bytes stay where they are, in files that are mapped into memory: only texts are written
+Images that a table holds as bytes stay where they are, in files that are mapped into memory: only texts are written
 anew.
 """
 
@@ -18,22 +18,22 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
 from .. import texts
-from . import conversations, paths, reading
+from . import conversations, json_reader, paths
 from .bad_samples import BadSamples, with_remedy
-from .conversations import OTHER_MEDIA, SampleError, identity_of, pictures_of, sample_of
-from .paths import PictureFolder, located
+from .conversations import OTHER_MEDIA, SampleError, identity_of, images_of, sample_of
+from .paths import ImageFolder, located
 
 
 COLUMNS = ("messages", "images", "sample")
 TEXT_COLUMNS = ("messages", "conversations")
-PICTURE_COLUMNS = ("images", "image")
-PICTURES = hf.List(hf.Image(decode=False))
+IMAGE_COLUMNS = ("images", "image")
+IMAGES = hf.List(hf.Image(decode=False))
 FEATURES = hf.Features(
     {
         "messages": hf.List(
             {"role": hf.Value("string"), "content": hf.List({"type": hf.Value("string"), "text": hf.Value("string")})}
         ),
-        "images": PICTURES,
+        "images": IMAGES,
         "sample": hf.Value("int64"),
     }
 )
@@ -42,11 +42,11 @@ FEATURES = hf.Features(
 FAULT = {"fault": hf.Value("string")}
 # Part of the names of cached results, so that another version of this code does not find them.
 CODE = Hasher.hash(
-    [inspect.getsource(module) for module in (texts, conversations, paths, reading, sys.modules[__name__])]
+    [inspect.getsource(module) for module in (texts, conversations, paths, json_reader, sys.modules[__name__])]
 )
 
 
-def training_row(record: Any, sample: int, folder: PictureFolder, source: str, policy: str) -> dict[str, Any]:
+def training_row(record: Any, sample: int, folder: ImageFolder, source: str, policy: str) -> dict[str, Any]:
     """A row of `FEATURES` and `FAULT` from a record of any form.
 
     Args:
@@ -57,11 +57,11 @@ def training_row(record: Any, sample: int, folder: PictureFolder, source: str, p
     """
     try:
         row = sample_of(record)
-        pictures = [located(picture, folder) for picture in row["images"]]
+        images = [located(image, folder) for image in row["images"]]
     except SampleError as error:
         fault = _fault(error, source, sample, record, policy)
         return {"messages": [], "images": [], "sample": sample, "fault": fault}
-    return {"messages": row["messages"], "images": pictures, "sample": sample, "fault": None}
+    return {"messages": row["messages"], "images": images, "sample": sample, "fault": None}
 
 
 def _fault(error: SampleError, source: str, sample: int, record: Any, policy: str) -> str:
@@ -114,9 +114,7 @@ def check_columns(columns: list[str] | None, source: str) -> None:
         )
 
 
-def streamed_columns(
-    dataset: hf.IterableDataset, folder: PictureFolder, source: str, policy: str
-) -> hf.IterableDataset:
+def streamed_columns(dataset: hf.IterableDataset, folder: ImageFolder, source: str, policy: str) -> hf.IterableDataset:
     """The columns of training and their faults, made as rows come."""
     if dataset.features is not None:
         dataset = dataset.decode(False)
@@ -129,11 +127,11 @@ def streamed_columns(
     )
 
 
-def mapped_columns(dataset: hf.Dataset, folder: PictureFolder, source: str, policy: str) -> hf.Dataset:
+def mapped_columns(dataset: hf.Dataset, folder: ImageFolder, source: str, policy: str) -> hf.Dataset:
     """The columns of training, and their faults where they have some, of a data set in files that are mapped into
     memory."""
     texts = dataset.select_columns([name for name in dataset.column_names if name in (*TEXT_COLUMNS, "id")])
-    pictures, counts = _pictures(dataset, folder, source, policy)
+    images, counts = _images(dataset, folder, source, policy)
     texts = texts.map(
         _row_of_texts,
         with_indices=True,
@@ -148,13 +146,13 @@ def mapped_columns(dataset: hf.Dataset, folder: PictureFolder, source: str, poli
         },
         desc=f"Reading {source}",
     )
-    if "fault" in pictures.column_names:
-        faults = pc.coalesce(pictures.data.column("fault"), texts.data.column("fault"))
+    if "fault" in images.column_names:
+        faults = pc.coalesce(images.data.column("fault"), texts.data.column("fault"))
         table = hf.table.InMemoryTable(pa.table({"fault": faults}))
         merged = _as_dataset(table, hf.Features(FAULT), texts, "faults")
-        parts = [texts.remove_columns("fault"), pictures.remove_columns("fault"), merged]
+        parts = [texts.remove_columns("fault"), images.remove_columns("fault"), merged]
     else:
-        parts = [texts, pictures]
+        parts = [texts, images]
     return hf.concatenate_datasets(parts, axis=1)
 
 
@@ -169,7 +167,7 @@ def with_constant(dataset: hf.Dataset | hf.IterableDataset, name: str, value: st
 
 
 def undecoded(dataset: hf.Dataset) -> hf.Dataset:
-    """The same data set, giving pictures as `bytes` and `path`."""
+    """The same data set, giving images as `bytes` and `path`."""
     features = hf.Features({name: _without_decoding(feature) for name, feature in dataset.features.items()})
     return _same_table(dataset, features) if features != dataset.features else dataset
 
@@ -178,7 +176,7 @@ def _with_value(row: dict, name: str, value: str) -> dict:
     return {**row, name: value}
 
 
-def _streamed_row(record: dict, index: int, folder: PictureFolder, source: str, policy: str) -> dict:
+def _streamed_row(record: dict, index: int, folder: ImageFolder, source: str, policy: str) -> dict:
     check_columns(list(record), source)
     return training_row(record, index, folder, source, policy)
 
@@ -187,11 +185,11 @@ def _row_of_texts(
     record: dict, index: int, counts: np.ndarray, media: dict[str, np.ndarray], source: str, policy: str, code: str
 ) -> dict:
     placeholder = {"bytes": b"", "path": None}
-    if counts[index] < 0:  # of pictures with a fault, which is known already
+    if counts[index] < 0:  # of images with a fault, which is known already
         return {"messages": [], "sample": index, "fault": None}
     there = {name: "a file" for name, is_there in media.items() if is_there[index]}
     record = {**record, **there, "images": [placeholder] * int(counts[index])}
-    row = training_row(record, index, PictureFolder(None), source, policy)
+    row = training_row(record, index, ImageFolder(None), source, policy)
     return {"messages": row["messages"], "sample": row["sample"], "fault": row["fault"]}
 
 
@@ -213,51 +211,51 @@ def _other_media(dataset: hf.Dataset) -> dict[str, np.ndarray]:
     return found
 
 
-def _pictures(dataset: hf.Dataset, folder: PictureFolder, source: str, policy: str) -> tuple[hf.Dataset, Any]:
-    """The column `images`, and how many pictures each row has (an array), -1 where those have a fault, which is then
+def _images(dataset: hf.Dataset, folder: ImageFolder, source: str, policy: str) -> tuple[hf.Dataset, Any]:
+    """The column `images`, and how many images each row has (an array), -1 where those have a fault, which is then
     in a column of its own."""
-    column = next((name for name in PICTURE_COLUMNS if name in dataset.column_names), None)
+    column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
     if column is None:
-        none = pa.array([[]] * len(dataset), PICTURES_TYPE)
+        none = pa.array([[]] * len(dataset), IMAGES_TYPE)
         return _in_memory(dataset, none), [0] * len(dataset)
     dataset = undecoded(dataset.select_columns([column]))
-    arrays = list(_lists_of_pictures(dataset.data.column(column)))
+    arrays = list(_lists_of_images(dataset.data.column(column)))
     if not all(map(_has_bytes, arrays)):
         dataset = dataset.map(
-            _row_of_pictures,
+            _row_of_images,
             with_indices=True,
             remove_columns=[column],
-            features=hf.Features({"images": PICTURES, **FAULT}),
+            features=hf.Features({"images": IMAGES, **FAULT}),
             fn_kwargs={"column": column, "folder": folder, "source": source, "policy": policy, "code": CODE},
-            desc=f"Locating the pictures of {source}",
+            desc=f"Locating the images of {source}",
         )
         counts = np.asarray(_lengths(list(dataset.data.column("images").chunks)))
         is_good = np.asarray(pc.is_null(dataset.data.column("fault")).combine_chunks())
         return dataset, np.where(is_good, counts, -1)
     counts = _lengths(arrays)
     if column == "images" and not any(array.null_count for array in arrays):
-        return _same_table(dataset, hf.Features({"images": PICTURES})), counts
+        return _same_table(dataset, hf.Features({"images": IMAGES})), counts
     return _with_empty_lists(dataset, arrays, counts), counts
 
 
-def _row_of_pictures(
-    record: dict, index: int, column: str, folder: PictureFolder, source: str, policy: str, code: str
+def _row_of_images(
+    record: dict, index: int, column: str, folder: ImageFolder, source: str, policy: str, code: str
 ) -> dict:
     try:
-        pictures = [located(picture, folder) for picture in pictures_of({column: record[column]})]
+        images = [located(image, folder) for image in images_of({column: record[column]})]
     except SampleError as error:
         return {"images": [], "fault": _fault(error, source, index, record, policy)}
-    return {"images": pictures, "fault": None}
+    return {"images": images, "fault": None}
 
 
-PICTURE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-PICTURES_TYPE = pa.list_(PICTURE_TYPE)
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+IMAGES_TYPE = pa.list_(IMAGE_TYPE)
 
 
-def _lists_of_pictures(column: pa.ChunkedArray) -> Iterator[pa.Array]:
-    """Chunks of lists of pictures without copying them; a missing picture is a missing list."""
+def _lists_of_images(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """Chunks of lists of images without copying them; a missing image is a missing list."""
     for chunk in column.chunks:
-        if chunk.type == PICTURE_TYPE:
+        if chunk.type == IMAGE_TYPE:
             offsets = pa.array(range(len(chunk) + 1), pa.int32())
             yield pa.ListArray.from_arrays(offsets, chunk, mask=pc.is_null(chunk))
         else:
@@ -265,11 +263,11 @@ def _lists_of_pictures(column: pa.ChunkedArray) -> Iterator[pa.Array]:
 
 
 def _has_bytes(array: pa.Array) -> bool:
-    """Whether every picture of a chunk is there as bytes."""
-    if array.type != PICTURES_TYPE:
+    """Whether every image of a chunk is there as bytes."""
+    if array.type != IMAGES_TYPE:
         return False
-    pictures = array.flatten()
-    return pictures.null_count == 0 and pictures.field("bytes").null_count == 0
+    images = array.flatten()
+    return images.null_count == 0 and images.field("bytes").null_count == 0
 
 
 def _lengths(arrays: list[pa.Array]) -> list[int]:
@@ -277,12 +275,12 @@ def _lengths(arrays: list[pa.Array]) -> list[int]:
 
 
 def _with_empty_lists(dataset: hf.Dataset, arrays: list[pa.Array], counts: list[int]) -> hf.Dataset:
-    """Lists of pictures as a data set, with empty ones in place of missing ones.
+    """Lists of images as a data set, with empty ones in place of missing ones.
 
-    The empty ones are rows behind the others, brought to their places by an index: the pictures are not copied.
+    The empty ones are rows behind the others, brought to their places by an index: the images are not copied.
     """
     empty = [index for index, count in enumerate(counts) if count == 0]
-    table = pa.chunked_array([*arrays, pa.array([[]] * len(empty), PICTURES_TYPE)], PICTURES_TYPE)
+    table = pa.chunked_array([*arrays, pa.array([[]] * len(empty), IMAGES_TYPE)], IMAGES_TYPE)
     lists = _in_memory(dataset, table)
     order = list(range(len(counts)))
     for behind, index in enumerate(empty, start=len(counts)):
@@ -291,9 +289,9 @@ def _with_empty_lists(dataset: hf.Dataset, arrays: list[pa.Array], counts: list[
 
 
 def _in_memory(dataset: hf.Dataset, images: pa.Array | pa.ChunkedArray) -> hf.Dataset:
-    """Pictures of a data set as a data set of their own."""
+    """The images of a data set as a separate data set."""
     table = hf.table.InMemoryTable(pa.table({"images": images}))
-    return _as_dataset(table, hf.Features({"images": PICTURES}), dataset, "images")
+    return _as_dataset(table, hf.Features({"images": IMAGES}), dataset, "images")
 
 
 def _same_table(dataset: hf.Dataset, features: hf.Features) -> hf.Dataset:
@@ -301,7 +299,7 @@ def _same_table(dataset: hf.Dataset, features: hf.Features) -> hf.Dataset:
 
 
 def _as_dataset(table: hf.table.Table, features: hf.Features, origin: hf.Dataset, what: str) -> hf.Dataset:
-    # Without a fingerprint that is given, all pictures would be read to compute one.
+    # Without a fingerprint that is given, all images would be read to compute one.
     fingerprint = Hasher.hash([origin._fingerprint, what])
     return hf.Dataset(table, info=hf.DatasetInfo(features=features), fingerprint=fingerprint)
 

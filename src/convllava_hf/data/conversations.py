@@ -1,4 +1,4 @@
-"""One sample: from a record of LLaVA's form or the Hub's to `messages` and pictures, as TRL takes them."""
+"""One sample: from a record of LLaVA's form or the Hub's to `messages` and images, as TRL takes them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 class DataError(ConvLlavaError):
     """Something is wrong with the data.
 
-    `DataLoader` raises an error of a worker anew with the worker's traceback as its text; the message is taken out
+    `DataLoader` raises an error of a worker again with the worker's traceback as its text; the message is taken out
     of it.
     """
 
@@ -49,7 +49,7 @@ def sample_of(record: Mapping) -> dict[str, list]:
 
     Raises:
         SampleError: something is missing, of another type or out of turn, an answer is empty, the numbers of places
-            and of pictures differ, it asks about video or audio, or UTF-8 cannot hold a text.
+            and of images differ, it asks about video or audio, or UTF-8 cannot hold a text.
     """
     if isinstance(record, UnreadableRecord):
         raise SampleError(record.kind, record.detail)
@@ -57,17 +57,17 @@ def sample_of(record: Mapping) -> dict[str, list]:
         raise SampleError("malformed", f"It is a {type(record).__name__}; expected an object with `conversations`.")
     if media := [key for key in OTHER_MEDIA if not _is_blank(record.get(key))]:
         raise SampleError("video sample", f"It has `{media[0]}`: {shown(record[media[0]])}. Only images can be seen.")
-    pictures = pictures_of(record)
+    images = images_of(record)
     in_hub_form = record.get("messages") is not None
-    messages = as_parts(record["messages"], len(pictures)) if in_hub_form else messages_of(record)
-    places = count_pictures(messages)
-    if places != len(pictures):
-        where = f"{places} place{'s' * (places != 1)} for a picture ({IMAGE_TOKEN})"
+    messages = as_parts(record["messages"], len(images)) if in_hub_form else messages_of(record)
+    places = count_images(messages)
+    if places != len(images):
+        where = f"{places} place{'s' * (places != 1)} for an image ({IMAGE_TOKEN})"
         raise SampleError(
             "placeholder mismatch",
-            f"The conversation has {where}, and the sample has {len(pictures)} picture{'s' * (len(pictures) != 1)}.",
+            f"The conversation has {where}, and the sample has {len(images)} image{'s' * (len(images) != 1)}.",
         )
-    return {"messages": messages, "images": pictures}
+    return {"messages": messages, "images": images}
 
 
 class UnreadableRecord:
@@ -90,33 +90,33 @@ def identity_of(record: Any) -> str | None:
     return identity if len(identity) <= 120 else f"{identity[:120]}..."
 
 
-def pictures_of(record: Mapping) -> list[Any]:
-    """The pictures that a record names: `images` or `image` is one, a list of them, or absent.
+def images_of(record: Mapping) -> list[Any]:
+    """The images that a record names: `images` or `image` is one, a list of them, or absent.
 
-    A picture is a path, or a dict of `bytes` and `path` as `datasets` gives it undecoded.
+    An image is a path, or a dict of `bytes` and `path` as `datasets` gives it undecoded.
     """
     column = "images" if record.get("images") is not None else "image"
     value = record.get(column)
     if value is None or value == "":
         return []
-    pictures = [value] if isinstance(value, (str, Mapping)) else value
-    if not isinstance(pictures, Sequence) or not all(map(_is_picture, pictures)):
+    images = [value] if isinstance(value, (str, Mapping)) else value
+    if not isinstance(images, Sequence) or not all(map(_is_image, images)):
         raise SampleError(
             "malformed", f"`{column}` is {shown(value)}; expected a path, a list of paths, or nothing at all."
         )
-    for picture in pictures:
-        path = picture if isinstance(picture, str) else picture.get("path")
+    for image in images:
+        path = image if isinstance(image, str) else image.get("path")
         if path is not None and (error := text_error(path)):
-            raise SampleError("broken text", f"The path of a picture, {shown(path)}, has {error}.")
-    return list(pictures)
+            raise SampleError("broken text", f"The path of an image, {shown(path)}, has {error}.")
+    return list(images)
 
 
 def messages_of(record: Mapping) -> list[dict]:
     """The messages of a LLaVA record, as the original code reads them.
 
     `conversations` is a list of `from` (`human`, `gpt`, `system`) and `value`. A leading `gpt` turn is left out. Of a
-    human turn with one picture, the picture goes before the text, whose white space at both ends is cut; where several
-    pictures stand among the text, which the original cannot do, they stay there.
+    human turn with one image, the image goes before the text, whose white space at both ends is cut; where several
+    images are among the text, which the original cannot do, they stay there.
     """
     turns = record.get("conversations")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
@@ -130,11 +130,11 @@ def messages_of(record: Mapping) -> list[dict]:
     return _in_turn(messages)
 
 
-def as_parts(messages: Sequence[Mapping], pictures: int = 0) -> list[dict]:
+def as_parts(messages: Sequence[Mapping], images: int = 0) -> list[dict]:
     """Messages of the Hub's form with content as a list of parts.
 
-    Content may be text. Then `<image>` in a user's text is the place of a picture, as in LLaVA's form; where no
-    message has a place, the pictures stand before the first user's text, as TRL has it.
+    Content may be text. Then `<image>` in a user's text is the place of an image, as in LLaVA's form; where no
+    message has a place, the images go before the first user's text, as TRL has it.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise SampleError("malformed", f"`messages` is {shown(messages)}; expected a list of `role` and `content`.")
@@ -148,12 +148,12 @@ def as_parts(messages: Sequence[Mapping], pictures: int = 0) -> list[dict]:
         part["type"] == "image" for _, content in converted for part in content
     ):
         first = next((content for role, content in converted if role == "user"), [])
-        first[:0] = [dict(_IMAGE) for _ in range(pictures)]
+        first[:0] = [dict(_IMAGE) for _ in range(images)]
     return _in_turn(converted)
 
 
-def count_pictures(messages: list[dict]) -> int:
-    """How many pictures messages of parts have a place for."""
+def count_images(messages: list[dict]) -> int:
+    """How many images messages of parts have a place for."""
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
@@ -170,7 +170,7 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, (str, Sequence)) and not value)
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return isinstance(value, str) and bool(value)
     content, path = value.get("bytes"), value.get("path")
@@ -187,13 +187,13 @@ def _role(name: Any, what: str, expected: str) -> str:
 
 
 def _parts(value: str) -> list[dict]:
-    """A user's text in parts, its `<image>` as the places of pictures."""
+    """A user's text in parts, its `<image>` as the places of images."""
     pieces = value.split(IMAGE_TOKEN)
-    pictures = len(pieces) - 1
-    if not pictures:
+    images = len(pieces) - 1
+    if not images:
         return [_text(value)]
-    if pictures == 1 or sum(bool(piece.strip()) for piece in pieces) <= 1:
-        return [*(dict(_IMAGE) for _ in range(pictures)), _text(value.replace(IMAGE_TOKEN, "").strip())]
+    if images == 1 or sum(bool(piece.strip()) for piece in pieces) <= 1:
+        return [*(dict(_IMAGE) for _ in range(images)), _text(value.replace(IMAGE_TOKEN, "").strip())]
     parts = [part for piece in pieces for part in (_text(piece), dict(_IMAGE))][:-1]
     return [part for part in parts if part["type"] == "image" or part["text"]]
 
@@ -234,10 +234,10 @@ def _in_turn(messages: list[tuple[str, list[dict]]]) -> list[dict]:
         raise SampleError("malformed", "There is no question with an answer.")
     for role, content in kept:
         if any(IMAGE_TOKEN in (part["text"] or "") for part in content):
-            place = "a text part, where pictures are parts of their own" if role == "user" else f"{_WHOSE[role]} text"
+            place = "a text part, where images are parts of their own" if role == "user" else f"{_WHOSE[role]} text"
             raise SampleError("placeholder mismatch", f"There is an {IMAGE_TOKEN} in {place}.")
         if role != "user" and any(part["type"] == "image" for part in content):
-            raise SampleError("placeholder mismatch", f"There is a picture in {_WHOSE[role]} message.")
+            raise SampleError("placeholder mismatch", f"There is an image in {_WHOSE[role]} message.")
         for part in content:
             if error := text_error(part["text"] or ""):
                 raise SampleError("broken text", f"{_WHOSE[role].capitalize()} text has {error}.")

@@ -12,16 +12,16 @@ from PIL import Image
 
 from ..boxes import DEFAULT_FRAME, Box, check_frame, draw_boxes
 from ..errors import ConvLlavaError
-from .boxes import boxes_in, in_model_frame, shared_shape
+from .box_frames import boxes_in, in_model_frame, shared_shape
 from .conversations import SampleError, identity_of, sample_of
 from .paths import located
-from .sources import RawRows, open_records, picture_folder
-from .tokens import with_pictures
+from .tokens import with_images
+from .training_data import RawRows, folder_of_images, open_records
 
 
 @dataclass(frozen=True)
 class Token:
-    """`text`: what it stands for in the rendered text, "" where it shares its characters with the one before."""
+    """`text`: its text in the rendered prompt, "" where it shares its characters with the one before."""
 
     id: int
     text: str
@@ -30,27 +30,27 @@ class Token:
 
 
 @dataclass(frozen=True)
-class SeenPicture:
-    """`size`: height and width in pixels of the picture; `seen`: of what the tower sees of it. `picture`: that, with
-    the normalisation undone. `tokens`: its visual tokens. `boxes`: that the conversation names, in fractions of it."""
+class InspectedImage:
+    """`size`: height and width in pixels of the image; `seen`: of what the tower sees of it. `image`: that, with
+    the normalization undone. `tokens`: its visual tokens. `boxes`: that the conversation names, in fractions of it."""
 
     name: str
     size: tuple[int, int]
     seen: tuple[int, int]
     tokens: int
-    picture: Image.Image
+    image: Image.Image
     boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`text`: as the chat template writes it, one `<image>` a picture. `tokens`: before any are cut off."""
+    """`text`: as the chat template writes it, one `<image>` an image. `tokens`: before any are cut off."""
 
     index: int
     id: str | None
     text: str
     tokens: list[Token]
-    pictures: list[SeenPicture]
+    images: list[InspectedImage]
 
     @property
     def visual(self) -> int:
@@ -69,7 +69,7 @@ def inspect_sample(
     *,
     split: str = "train",
     name: str | None = None,
-    pictures: Mapping[str, Any] | None = None,
+    image_options: Mapping[str, Any] | None = None,
     boxes: str = DEFAULT_FRAME,
     trust_remote_code: bool = False,
 ) -> Inspection:
@@ -79,33 +79,33 @@ def inspect_sample(
         path, image_folder, split, name: as in `load_training_data`.
         index: of the sample in the file, from 0.
         model: folder or Hub id of a checkpoint.
-        pictures: how large the model sees them, where not as `model` says: some of `PICTURE_OPTIONS`.
+        image_options: how large the model sees images, where not as `model` says: some of `IMAGE_OPTIONS`.
         boxes: the frame of the data's boxes, as in `load_training_data`.
         trust_remote_code: whether code that comes with `model` may run, see `trust`.
 
     Raises:
         ConvLlavaError: there is no such data set, sample or model, or the sample is not as it should be.
     """
-    from .checking import load_processor
+    from .checking import load_data_processor
 
     record = _record(path, index, split, name)
-    folder = picture_folder(path, image_folder)
+    folder = folder_of_images(path, image_folder)
     try:
         sample = sample_of(record)
-        references = [located(picture, folder) for picture in sample["images"]]
+        references = [located(image, folder) for image in sample["images"]]
     except SampleError as error:
         raise ConvLlavaError(f"Sample {index}: {error}") from error
-    processor = load_processor(model, pictures, trust_remote_code)
+    processor = load_data_processor(model, image_options, trust_remote_code)
     try:
         opened = [processor.image_processor.fetch_images(reference) for reference in references]
-        seen = [_seen(processor, reference, picture) for reference, picture in zip(references, opened, strict=True)]
+        seen = [_seen(processor, reference, image) for reference, image in zip(references, opened, strict=True)]
     except (OSError, ValueError, RuntimeError) as error:  # the last from PIL's AVIF
-        raise ConvLlavaError(f"Sample {index} has a picture that cannot be read: {error}") from error
+        raise ConvLlavaError(f"Sample {index} has an image that cannot be read: {error}") from error
     check_frame(boxes)
     sample = in_model_frame({**sample, "images": opened, "boxes": boxes}, processor.image_processor)
-    messages = with_pictures(sample["messages"], opened)
+    messages = with_images(sample["messages"], opened)
     named = tuple(dict.fromkeys(box.box for box in boxes_in(sample["messages"]))) if shared_shape(opened) else ()
-    seen = [replace(picture, boxes=named) for picture in seen]
+    seen = [replace(image, boxes=named) for image in seen]
     try:
         text = processor.apply_chat_template(messages, tokenize=False)
     except TemplateError as error:
@@ -113,19 +113,19 @@ def inspect_sample(
     return Inspection(index, identity_of(record), text, _tokens(processor, text, messages, opened), seen)
 
 
-def save_pictures(inspection: Inspection, path: str | os.PathLike) -> list[Path]:
-    """Writes the pictures as the tower sees them, with the boxes that the conversation names drawn on them: the first
+def save_images(inspection: Inspection, path: str | os.PathLike) -> list[Path]:
+    """Writes the images as the tower sees them, with the boxes that the conversation names drawn on them: the first
     as `path`, others as `name-2.png` and so on."""
     path = Path(path)
     paths = [
         path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-        for number in range(1, len(inspection.pictures) + 1)
+        for number in range(1, len(inspection.images) + 1)
     ]
-    for target, seen in zip(paths, inspection.pictures, strict=True):
+    for target, seen in zip(paths, inspection.images, strict=True):
         try:
-            draw_boxes(seen.picture, seen.boxes).save(target)
+            draw_boxes(seen.image, seen.boxes).save(target)
         except ValueError as error:  # PIL knows no format of such a name
-            raise ConvLlavaError(f"Cannot write a picture to {str(target)!r}: {error}") from error
+            raise ConvLlavaError(f"Cannot write an image to {str(target)!r}: {error}") from error
     return paths
 
 
@@ -145,8 +145,8 @@ def _record(path: str | os.PathLike, index: int, split: str, name: str | None) -
     raise ConvLlavaError(f"There is no sample {index}: {path} has {number}, counted from 0.")
 
 
-def _tokens(processor: Any, text: str, messages: list[dict], pictures: list[Image.Image]) -> list[Token]:
-    plain = processor(text=text, images=pictures or None, add_special_tokens=False, return_offsets_mapping=True)
+def _tokens(processor: Any, text: str, messages: list[dict], images: list[Image.Image]) -> list[Token]:
+    plain = processor(text=text, images=images or None, add_special_tokens=False, return_offsets_mapping=True)
     output = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -166,9 +166,9 @@ def _row(rows: Any) -> list:
     return list(first) if isinstance(first, list) else list(rows)
 
 
-def _seen(processor: Any, reference: dict, picture: Image.Image) -> SeenPicture:
+def _seen(processor: Any, reference: dict, image: Image.Image) -> InspectedImage:
     image_processor = processor.image_processor
-    output = image_processor(picture)
+    output = image_processor(image)
     height, width = (int(side) for side in output["image_sizes"][0])
     pixels = np.asarray(output["pixel_values"][0])[:, :height, :width]  # (3, H, W)
     if image_processor.do_normalize:
@@ -179,6 +179,6 @@ def _seen(processor: Any, reference: dict, picture: Image.Image) -> SeenPicture:
     if image_processor.do_rescale:
         pixels = pixels / image_processor.rescale_factor
     shown = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-    tokens = processor._get_num_multimodal_tokens(image_sizes=[(picture.height, picture.width)]).num_image_tokens[0]
-    name = reference["path"] or "a picture in the data set"
-    return SeenPicture(name, (picture.height, picture.width), (height, width), tokens, shown)
+    tokens = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)]).num_image_tokens[0]
+    name = reference["path"] or "an image in the data set"
+    return InspectedImage(name, (image.height, image.width), (height, width), tokens, shown)

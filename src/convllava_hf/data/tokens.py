@@ -1,15 +1,15 @@
-"""Counts the tokens of a sample as training will see it, without preparing its pictures."""
+"""Counts the tokens of a sample as training will see it, without preparing its images."""
 
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 from ..chat_templates import assistant_mask_error
-from .report import Tokens
+from .check_report import Tokens
 
 
 class _Size:
-    """Stands for a picture of which only height and width matter.
+    """Stands for an image of which only height and width matter.
 
     No dataclass: transformers 5.24 makes dicts of those that it finds in messages.
     """
@@ -19,8 +19,8 @@ class _Size:
         self.width = width
 
 
-class _SizesAlone:
-    """An image processor that says how large pictures come out, and prepares none."""
+class _SizesOnly:
+    """An image processor that says how large images come out, and prepares none."""
 
     def __init__(self, image_processor: Any):
         self._image_processor = image_processor
@@ -46,10 +46,10 @@ class TokenCounter:
         self.max_length = max_length
         self.template_fault = template_fault(processor)
         self.processor = copy.copy(processor)
-        self.processor.image_processor = _SizesAlone(processor.image_processor)
+        self.processor.image_processor = _SizesOnly(processor.image_processor)
 
     def __call__(self, messages: Sequence[dict], sizes: Sequence[tuple[int, int]]) -> tuple[Tokens, int]:
-        """Tokens of one sample whose pictures have these heights and widths in pixels; and how many of those that a
+        """Tokens of one sample whose images have these heights and widths in pixels; and how many of those that a
         loss is taken on are left within `max_length`."""
         counted, left = self.count(messages, sizes)
         return counted, left.supervised
@@ -58,10 +58,10 @@ class TokenCounter:
         """Tokens of one sample, as a whole and within `max_length`.
 
         Raises:
-            Exception: whatever the chat template raises where it refuses the messages.
+            Exception: the chat template refuses the messages; what it raises.
         """
         output = self.processor.apply_chat_template(
-            with_pictures(messages, [_Size(*size) for size in sizes]),
+            with_images(messages, [_Size(*size) for size in sizes]),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -84,7 +84,7 @@ class TokenCounter:
 
 
 def template_fault(processor: Any) -> str | None:
-    """Why no loss can be taken on the assistant's tokens alone, whatever the data; `None` if it can."""
+    """Why the chat template does not allow a loss on the assistant's tokens only; `None` if it does."""
     if (fault := assistant_mask_error(processor)) is None:
         return None
     return (
@@ -93,9 +93,9 @@ def template_fault(processor: Any) -> str | None:
     )
 
 
-def with_pictures(messages: Sequence[dict], pictures: Sequence[Any]) -> list[dict]:
-    """Messages with the pictures in their places."""
-    following = iter(pictures)
+def with_images(messages: Sequence[dict], images: Sequence[Any]) -> list[dict]:
+    """Messages with the images in their places."""
+    following = iter(images)
     return [
         {
             "role": message["role"],

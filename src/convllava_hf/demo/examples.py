@@ -1,4 +1,4 @@
-"""Example pictures, drawn here: they need no licence, no download and no binary file in a Space."""
+"""Example images, drawn here: they need no license, no download and no binary file in a Space."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _street_sign() -> Image.Image:
-    picture = Image.new("RGB", (1200, 800), "#bcd9ee")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (1200, 800), "#bcd9ee")
+    pen = ImageDraw.Draw(image)
     for y in range(560):
         pen.line((0, y, 1200, y), fill=(140 + y // 10, 185 + y // 14, 228 + y // 40))
     pen.ellipse((930, 70, 1050, 190), fill="#ffe9a8")
@@ -34,13 +34,13 @@ def _street_sign() -> Image.Image:
     pen.rectangle((588, 330, 612, 690), fill="#8a929b")
     pen.rounded_rectangle((300, 120, 900, 330), 18, fill="#0c5c3c", outline="white", width=8)
     pen.text((600, 190), "HARBOUR STREET", font=_font(62), fill="white", anchor="mm")
-    pen.text((600, 270), "City centre 3 km", font=_font(46), fill="white", anchor="mm")
-    return picture
+    pen.text((600, 270), "City center 3 km", font=_font(46), fill="white", anchor="mm")
+    return image
 
 
 def _receipt() -> Image.Image:
-    picture = Image.new("RGB", (900, 1200), "#7a5b43")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (900, 1200), "#7a5b43")
+    pen = ImageDraw.Draw(image)
     for y in range(0, 1200, 150):
         pen.line((0, y, 900, y + 12), fill="#6b4e38", width=6)
     pen.rectangle((158, 78, 758, 1138), fill="#5a4231")
@@ -60,12 +60,12 @@ def _receipt() -> Image.Image:
     pen.text((450, 920), "Thank you, come again", font=_font(30), fill=_INK, anchor="mm")
     for index, x in enumerate(range(230, 670, 9)):
         pen.rectangle((x, 980, x + (index * 7) % 5 + 1, 1060), fill=_INK)
-    return picture
+    return image
 
 
 def _chart() -> Image.Image:
-    picture = Image.new("RGB", (1200, 800), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (1200, 800), "white")
+    pen = ImageDraw.Draw(image)
     pen.text((600, 60), "Rain in millimetres", font=_font(44), fill=_INK, anchor="mm")
     for value in range(0, 101, 20):
         y = 700 - 5.6 * value
@@ -75,12 +75,12 @@ def _chart() -> Image.Image:
         x = 160 + 122 * index
         pen.rectangle((x, 700 - 5.6 * value, x + 78, 700), fill="#2f7ebc")
         pen.text((x + 39, 735), month, font=_font(28), fill=_INK, anchor="mm")
-    return picture
+    return image
 
 
 def _table() -> Image.Image:
-    picture = Image.new("RGB", (1200, 750), "#efe6d8")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (1200, 750), "#efe6d8")
+    pen = ImageDraw.Draw(image)
     pen.rectangle((0, 430, 1200, 750), fill="#b98a5e")
     for y in range(455, 750, 60):
         pen.line((0, y, 1200, y - 14), fill="#a87a50", width=4)
@@ -93,7 +93,7 @@ def _table() -> Image.Image:
     pen.rounded_rectangle((870, 450, 1090, 520), 8, fill="#d9a93a")
     pen.text((980, 555), "ATLAS", font=_font(40), fill="white", anchor="mm")
     pen.text((980, 485), "BIRDS", font=_font(40), fill=_INK, anchor="mm")
-    return picture
+    return image
 
 
 _EXAMPLES: tuple[tuple[str, Callable[[], Image.Image], str], ...] = (
@@ -105,7 +105,7 @@ _EXAMPLES: tuple[tuple[str, Callable[[], Image.Image], str], ...] = (
 
 
 def write_examples(folder: Path) -> list[tuple[str, str]]:
-    """Draws the examples into a folder; the path of each picture and a question about it."""
+    """Draws the examples into a folder; the path of each image and a question about it."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for name, draw, question in _EXAMPLES:

@@ -105,7 +105,7 @@ class Guard:
             if has_room:
                 self._reserved += wanted
         if not has_room:
-            await _answer(send, 503, "The page holds as many pictures as it can. Try again in an hour.")
+            await _answer(send, 503, "The page holds as many images as it can. Try again in an hour.")
             return
         upload = _Upload(scope, receive)
         try:

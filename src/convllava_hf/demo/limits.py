@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Limits:
     """Bounds that the page holds.
 
-    `upload_bytes`: of one picture's file. `stored_bytes`: what all uploads together take on the disk, and
-    `stored_files` how many files and folders they are; they are deleted after `stored_seconds`. `pixels`: of a picture
-    before it is decoded. `longest_side`: larger pictures are shrunk to it, since the image processor pads to a square
+    `upload_bytes`: of one image's file. `stored_bytes`: what all uploads together take on the disk, and
+    `stored_files` how many files and folders they are; they are deleted after `stored_seconds`. `pixels`: of an image
+    before it is decoded. `longest_side`: larger images are shrunk to it, since the image processor pads to a square
     before it resizes, and a panorama's square is far larger than it. `questions`: in one conversation. `queue`:
     visitors who wait while one is answered. `answer_tokens`: the largest length that can be asked for, as
     `temperature` is of its kind. `answer_seconds`: an answer ends there.

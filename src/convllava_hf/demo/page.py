@@ -13,18 +13,18 @@ from starlette.middleware import Middleware
 
 from ..errors import ConvLlavaError
 from ..inference import Assistant
+from .chat_session import ChatSession, Conversation, Figures, Update
 from .examples import write_examples
 from .guard import Guard
+from .image_upload import ImageInput
+from .images import read_image
 from .limits import Limits
-from .pictures import read_picture
 from .style import CSS, HEAD
-from .talk import Conversation, Figures, Talker, Update
-from .upload import PictureInput
 
 
 logger = logging.getLogger(__name__)
 
-HINT = "Drop a picture, ask about it, and follow up. A new picture begins a new conversation."
+HINT = "Drop an image, ask about it, and follow up. A new image begins a new conversation."
 FAULT = "Something went wrong on the server; it has been written to its log. Try again, or start a new conversation."
 BUSY = "The question did not get through: too many people are waiting. It is still there; ask again in a moment."
 
@@ -55,23 +55,23 @@ class Stops:
 class Events:
     """What happens on the page. Everything that a visitor should read is in what these return or raise."""
 
-    def __init__(self, talker: Talker, limits: Limits):
-        self.talker = talker
+    def __init__(self, chat_session: ChatSession, limits: Limits):
+        self.chat_session = chat_session
         self.limits = limits
         self.stops = Stops()
-        self._decoding = threading.Lock()  # of pictures looked at beside the queue: a full one keeps none away
+        self._decoding = threading.Lock()  # of images looked at beside the queue: a full one keeps none away
 
-    def look(self, picture: str | None):
-        """A new picture: a new conversation. A file that is no picture leaves the page at once, and says why."""
-        if picture is None:
+    def look(self, image: str | None):
+        """A new image: a new conversation. A file that is no image leaves the page at once, and says why."""
+        if image is None:
             return gr.skip(), [], Conversation(), gr.skip()
         try:
             with self._decoding:
-                width, height = read_picture(picture, self.limits).size
+                width, height = read_image(image, self.limits).size
         except ConvLlavaError as error:
-            gr.Warning(str(error), title="This picture cannot be used")
-            return None, [], Conversation(), complaint(str(error))
-        return gr.skip(), [], Conversation(), note(f"A picture of {width} × {height} pixels. What about it?")
+            gr.Warning(str(error), title="This image cannot be used")
+            return None, [], Conversation(), error_html(str(error))
+        return gr.skip(), [], Conversation(), note(f"An image of {width} × {height} pixels. What about it?")
 
     def begin(self, request: gr.Request):
         self.stops.expect(request.session_hash)
@@ -79,7 +79,7 @@ class Events:
 
     def ask(
         self,
-        picture: str | None,
+        image: str | None,
         question: str,
         resolution: str,
         max_new_tokens: int,
@@ -88,7 +88,7 @@ class Events:
         request: gr.Request,
     ) -> Iterator[tuple]:
         """Answer a person's question; what goes wrong stands where the figures would, and the question is kept."""
-        asked = (conversation, picture, question, resolution, max_new_tokens, temperature)
+        asked = (conversation, image, question, resolution, max_new_tokens, temperature)
         cleared = ""
         try:
             for update in self._updates(asked, request.session_hash):
@@ -98,11 +98,11 @@ class Events:
                 yield messages(update.conversation, html.escape), figures(update), cleared, kept
                 cleared = gr.skip()
         except ConvLlavaError as error:
-            yield messages(conversation, html.escape), complaint(str(error)), question, gr.skip()
+            yield messages(conversation, html.escape), error_html(str(error)), question, gr.skip()
 
     def ask_by_program(
         self,
-        picture: str | None,
+        image: str | None,
         question: str,
         resolution: str,
         max_new_tokens: int,
@@ -111,7 +111,7 @@ class Events:
         request: gr.Request,
     ) -> Iterator[tuple]:
         """The same for gradio_client: texts as they are, and an exception for what goes wrong."""
-        asked = (conversation, picture, question, resolution, max_new_tokens, temperature)
+        asked = (conversation, image, question, resolution, max_new_tokens, temperature)
         try:
             for update in self._updates(asked, request.session_hash):
                 kept = update.conversation if update.done else gr.skip()
@@ -120,14 +120,14 @@ class Events:
             raise gr.Error(str(error), title="No answer", print_exception=False) from error
 
     def _updates(self, asked: tuple, visitor: str) -> Iterator[Update]:
-        """What `Talker.ask` gives, until the visitor stops it.
+        """What `ChatSession.ask` gives, until the visitor stops it.
 
         Raises:
             ConvLlavaError: whatever went wrong, in words for the visitor.
         """
         stop = self.stops.expect(visitor)
         try:
-            yield from self.talker.ask(*asked, stop.is_set)
+            yield from self.chat_session.ask(*asked, stop.is_set)
         except ConvLlavaError:
             raise
         except Exception as error:
@@ -143,7 +143,7 @@ class Events:
 
     def fail(self, request: gr.Request):
         """Gradio refused the question: the queue is full, or what came with it is not what the page sends."""
-        return self.end(request), complaint(BUSY), gr.skip(), gr.skip()
+        return self.end(request), error_html(BUSY), gr.skip(), gr.skip()
 
     def stop(self, request: gr.Request) -> None:
         self.stops.stop(request.session_hash)
@@ -168,12 +168,12 @@ def build(
     system: str | None = None,
 ) -> gr.Blocks:
     """The page of a model. `folder` is Gradio's own, for uploads; everything in it can be read by visitors."""
-    talker = Talker(assistant, folder, limits, system)
+    chat_session = ChatSession(assistant, folder, limits, system)
     keep = (max(1, limits.stored_seconds // 6), limits.stored_seconds)
     with gr.Blocks(title=f"{name} · ConvLLaVA", analytics_enabled=False, delete_cache=keep, fill_width=True) as page:
         gr.HTML(header(name, assistant), elem_id="header")
-        events = Events(talker, limits)
-        _connect(_lay_out(talker, folder, limits, max_new_tokens, temperature), events)
+        events = Events(chat_session, limits)
+        _connect(_lay_out(chat_session, folder, limits, max_new_tokens, temperature), events)
         page.unload(events.leave)
     page.queue(max_size=limits.queue, status_update_rate=1, api_open=False)  # no way round the queue
     return page
@@ -181,42 +181,44 @@ def build(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What events on the page come from and change. `length` and `warmth` are of answers."""
+    """What events on the page come from and change. `length` and `temperature` are of answers."""
 
     conversation: gr.State
-    picture: PictureInput
+    image: ImageInput
     question: gr.Textbox
     resolution: gr.Radio
     length: gr.Slider
-    warmth: gr.Slider
+    temperature: gr.Slider
     chat: gr.Chatbot
     status: gr.HTML
     restart: gr.Button
 
 
-def _lay_out(talker: Talker, folder: Path, limits: Limits, max_new_tokens: int, temperature: float) -> _Parts:
+def _lay_out(
+    chat_session: ChatSession, folder: Path, limits: Limits, max_new_tokens: int, temperature: float
+) -> _Parts:
     """What stands where."""
     conversation = gr.State(Conversation(), time_to_live=limits.stored_seconds)
     question = gr.Textbox(
-        placeholder="What is in the picture?", label="Question", show_label=False, submit_btn="Ask",
+        placeholder="What is in the image?", label="Question", show_label=False, submit_btn="Ask",
         lines=1, max_lines=6, max_length=limits.question_characters, elem_id="question", autofocus=False,
         render=False,
     )  # fmt: skip
     with gr.Row(elem_id="columns"):
         with gr.Column(scale=4, min_width=300):
-            picture = PictureInput(
-                label="Picture", sources=["upload", "clipboard"], type="filepath", image_mode=None, height=340,
-                buttons=["fullscreen"], elem_id="picture", alt_text="The picture that the questions are about",
+            image = ImageInput(
+                label="Image", sources=["upload", "clipboard"], type="filepath", image_mode=None, height=340,
+                buttons=["fullscreen"], elem_id="image", alt_text="The image that the questions are about",
             )  # fmt: skip
             gr.Examples(
-                [list(example) for example in write_examples(folder / "examples")], [picture, question],
+                [list(example) for example in write_examples(folder / "examples")], [image, question],
                 label="Examples", cache_examples=False, visible_columns=[0], elem_id="examples",
             )  # fmt: skip
-            offered = list(talker.presets)
+            offered = list(chat_session.presets)
             resolution = gr.Radio(offered, value=offered[0], label="The model sees", elem_id="resolution")
             with gr.Accordion("Answer settings", open=False, elem_id="settings"):
                 length = gr.Slider(1, limits.answer_tokens, max_new_tokens, step=1, label="Longest answer, in tokens")
-                warmth = gr.Slider(
+                temperature_slider = gr.Slider(
                     0, limits.temperature, temperature, step=0.05, label="Temperature",
                     info="0 always takes the likeliest word",
                 )  # fmt: skip
@@ -228,7 +230,7 @@ def _lay_out(talker: Talker, folder: Path, limits: Limits, max_new_tokens: int, 
             status = gr.HTML(note(HINT), elem_id="status")
             question.render()
             restart = gr.Button("New conversation", size="sm", variant="secondary", elem_id="restart")
-    return _Parts(conversation, picture, question, resolution, length, warmth, chat, status, restart)
+    return _Parts(conversation, image, question, resolution, length, temperature_slider, chat, status, restart)
 
 
 def _connect(parts: _Parts, events: Events) -> None:
@@ -236,7 +238,7 @@ def _connect(parts: _Parts, events: Events) -> None:
     at_once = {"queue": False, "show_progress": "hidden"}
     one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
     chat, status, question, conversation = parts.chat, parts.status, parts.question, parts.conversation
-    asked_with = [parts.picture, question, parts.resolution, parts.length, parts.warmth, conversation]
+    asked_with = [parts.image, question, parts.resolution, parts.length, parts.temperature, conversation]
     begun = question.submit(events.begin, None, question, **at_once, api_name=False)
     answered = begun.then(
         events.ask,
@@ -253,10 +255,8 @@ def _connect(parts: _Parts, events: Events) -> None:
         events.ask_by_program, asked_with, [chat, status, conversation], **one_at_a_time, api_name="ask"
     )
     question.stop(events.stop, **at_once, api_name="stop")
-    parts.picture.change(
-        events.look, parts.picture, [parts.picture, chat, conversation, status], **at_once, api_name="look"
-    )
-    parts.picture.clear(functools.partial(note, HINT), None, status, **at_once, api_name=False)
+    parts.image.change(events.look, parts.image, [parts.image, chat, conversation, status], **at_once, api_name="look")
+    parts.image.clear(functools.partial(note, HINT), None, status, **at_once, api_name=False)
     gr.on(
         [parts.restart.click, chat.clear],
         events.restart,
@@ -312,7 +312,7 @@ def theme() -> gr.themes.Base:
 
 
 def messages(conversation: Conversation, text: Callable[[str], str]) -> list[dict]:
-    """A conversation as `gr.Chatbot` takes it, the pictures with boxes below the answers that they belong to.
+    """A conversation as `gr.Chatbot` takes it, the images with boxes below the answers that they belong to.
 
     `text`: what is done to texts; the browser reads what looks like a tag as one, though they are no Markdown.
     """
@@ -322,22 +322,22 @@ def messages(conversation: Conversation, text: Callable[[str], str]) -> list[dic
         if turn.answer:
             shown.append({"role": "assistant", "content": text(turn.answer)})
         if turn.drawn:
-            alt = "The picture, with the boxes that the answer names"
+            alt = "The image, with the boxes that the answer names"
             shown.append({"role": "assistant", "content": {"path": turn.drawn, "alt_text": alt}})
     return shown
 
 
 def header(name: str, assistant: Assistant) -> str:
     runs = f"{assistant.device.type.upper()}, {str(assistant.dtype).removeprefix('torch.')}"
-    return f"<h1>{html.escape(name)}</h1><p>ConvLLaVA: high-resolution pictures in few visual tokens · {runs}</p>"
+    return f"<h1>{html.escape(name)}</h1><p>ConvLLaVA: high-resolution images in few visual tokens · {runs}</p>"
 
 
 def note(text: str) -> str:
     return f"<div class='note' role='status'>{html.escape(text)}</div>"
 
 
-def complaint(text: str) -> str:
-    return f"<div class='complaint' role='alert'>{html.escape(text)}</div>"
+def error_html(text: str) -> str:
+    return f"<div class='error' role='alert'>{html.escape(text)}</div>"
 
 
 def figures(update: Update) -> str:

@@ -1,13 +1,13 @@
-"""Ways to look at a picture that a visitor can choose from: how many pixels the model sees and what they cost."""
+"""Ways to look at an image that a visitor can choose from: how many pixels the model sees and what they cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..boxes import place_in_square
-from ..modeling.configuration_convllava import PRESETS, PictureSizes, visual_token_grid
+from ..image_options import IMAGE_OPTIONS
+from ..modeling.configuration_convllava import PRESETS, ImageSizing, visual_token_grid
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
-from ..picture_options import PICTURE_OPTIONS
 
 
 _SIDES = (1536, 1024, 768, 512, 256, 128, 64)  # pixels; what is offered below the checkpoint's own resolution
@@ -25,10 +25,10 @@ class Preset:
 
 @dataclass(frozen=True)
 class View:
-    """What the model sees of one picture.
+    """What the model sees of one image.
 
     `height`, `width`: pixels that come to the vision tower. `visual_tokens`: what they cost. `left`, `top`, `across`,
-    `down`: the part of the model's view that the picture itself covers, in fractions of it; the rest is padding.
+    `down`: the part of the model's view that the image itself covers, in fractions of it; the rest is padding.
     """
 
     height: int
@@ -41,33 +41,33 @@ class View:
 
 
 def presets(image_processor: ConvLlavaImageProcessor) -> dict[str, Preset]:
-    """By name, the checkpoint's own way first, then smaller squares, then pictures in their own shape."""
-    own, stride = image_processor.picture_sizes(), image_processor.stride
+    """By name, the checkpoint's own way first, then smaller squares, then images in their own shape."""
+    own, stride = image_processor.image_sizing(), image_processor.stride
     sides = [side for side in _SIDES if side < own.size and side % stride == 0][: _OFFERED - 1]
     offered = [Preset(_name(own))]
     for side in sides:
         kwargs = {"image_aspect_ratio": "pad", "size": {"height": side, "width": side}}
-        offered.append(Preset(_name(image_processor.picture_sizes(**kwargs)), kwargs))
+        offered.append(Preset(_name(image_processor.image_sizing(**kwargs)), kwargs))
     within = [name for name, pixels in PRESETS.items() if pixels <= max(own.size**2, own.most_pixels)]
     for name in within[: -_OFFERED_NATIVE - 1 : -1]:
-        offered.append(Preset(_name(image_processor.picture_sizes(preset=name)), {"preset": name}))
+        offered.append(Preset(_name(image_processor.image_sizing(preset=name)), {"preset": name}))
     by_name: dict[str, Preset] = {}
     for preset in offered:
         by_name.setdefault(preset.name, preset)  # the checkpoint's own way may be one of the others
     return by_name
 
 
-def view(image_processor: ConvLlavaImageProcessor, preset: Preset, picture_width: int, picture_height: int) -> View:
-    """What the model sees of a picture of this size, and where in it the picture lies."""
-    height, width = image_processor.get_image_size(picture_height, picture_width, **preset.images_kwargs)
+def view(image_processor: ConvLlavaImageProcessor, preset: Preset, image_width: int, image_height: int) -> View:
+    """What the model sees of an image of this size, and where in it the image lies."""
+    height, width = image_processor.get_image_size(image_height, image_width, **preset.images_kwargs)
     rows, columns = visual_token_grid(height, width, image_processor.stride)
-    of_sizes = {key: value for key, value in preset.images_kwargs.items() if key in PICTURE_OPTIONS}
-    if image_processor.picture_sizes(**of_sizes).mode != "pad":
+    of_sizes = {key: value for key, value in preset.images_kwargs.items() if key in IMAGE_OPTIONS}
+    if image_processor.image_sizing(**of_sizes).mode != "pad":
         return View(height, width, rows * columns, 0.0, 0.0, 1.0, 1.0)
-    return View(height, width, rows * columns, *place_in_square(picture_height, picture_width))
+    return View(height, width, rows * columns, *place_in_square(image_height, image_width))
 
 
-def _name(sizes: PictureSizes) -> str:
+def _name(sizes: ImageSizing) -> str:
     if sizes.mode == "shortest_edge":
         return f"shorter side {sizes.size} px · up to {sizes.most_tokens} visual tokens"
     tokens = sizes.most_tokens if sizes.mode == "native" else sizes.tokens(1, 1)

@@ -42,7 +42,7 @@ def serve(
     device: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    tower: str | None = None,
+    vision_backend: str | None = None,
     trust_remote_code: bool = False,
     open_browser: bool = False,
     on_ready: Callable[[str], None] | None = None,
@@ -52,7 +52,7 @@ def serve(
     Args:
         model: folder of a checkpoint, or its id on the Hub, as `inference.load` takes it.
         host, port: where to listen; without a port, the first free one from 7860 on.
-        device, dtype, quantization, tower, trust_remote_code: see `convllava_hf.inference.load`.
+        device, dtype, quantization, vision_backend, trust_remote_code: see `convllava_hf.inference.load`.
         max_new_tokens, temperature: where the page's settings stand at first.
         on_ready: called with the page's address once it answers.
 
@@ -65,7 +65,7 @@ def serve(
         device=device,
         dtype=dtype,
         quantization=quantization,
-        tower=tower,
+        vision_backend=vision_backend,
         trust_remote_code=trust_remote_code,
     )
     name = Path(model).name if os.path.isdir(model) else model

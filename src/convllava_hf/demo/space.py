@@ -17,15 +17,15 @@ _PACKAGE = (
     "registration.py",
     "atomic.py",
     "boxes.py",
-    "damaged.py",
+    "checkpoint_errors.py",
     "errors.py",
     "inference.py",
     "interrupts.py",
     "loading.py",
     "device_memory.py",
-    "fast_tower.py",
-    "memory.py",
-    "picture_options.py",
+    "vision_backends.py",
+    "prompt_cache.py",
+    "image_options.py",
     "texts.py",
     "trust.py",
 )
@@ -50,12 +50,12 @@ app_file: app.py
 models:
 - {model}
 suggested_hardware: {hardware}
-short_description: Ask a ConvLLaVA about pictures
+short_description: Ask a ConvLLaVA about images
 ---
 
 # {title}
 
-Drop a picture, ask about it, and follow up. The model is [{model}](https://huggingface.co/{model}).
+Drop an image, ask about it, and follow up. The model is [{model}](https://huggingface.co/{model}).
 
 The page is `convllava demo` of the package convllava-hf, whose files are in `convllava_hf/`. A model that is not
 public needs a token that can read it, as the Space's secret `HF_TOKEN`.

@@ -8,7 +8,7 @@ CSS = """
 #header p { margin: 0.15rem 0 0; color: var(--body-text-color-subdued); }
 #chat { height: clamp(340px, calc(100vh - 330px), 640px); }
 #chat .message { overflow-wrap: anywhere; }
-/* It would send the picture to the Hub's discussions; nothing leaves this page. */
+/* It would send the image to the Hub's discussions; nothing leaves this page. */
 #chat [aria-label="Share"] { display: none; }
 #question .submit-button { background: var(--button-primary-background-fill); color: white; padding: 0 16px; }
 #question .stop-button { background: #c62f22; color: white; padding: 0 16px; }
@@ -21,10 +21,10 @@ CSS = """
 #restart { align-self: flex-end; width: auto; flex: 0 0 auto; }
 #status { min-height: 2.6rem; }
 #status .note { color: var(--body-text-color-subdued); padding: 0.35rem 0.1rem; }
-#status .complaint {
+#status .error {
   padding: 0.55rem 0.8rem; border-radius: 8px; border: 1px solid #d33a2c; background: #fdecea; color: #8c1d13;
 }
-.dark #status .complaint { background: #3a1512; color: #ffb4ab; }
+.dark #status .error { background: #3a1512; color: #ffb4ab; }
 #status .figures { display: flex; flex-wrap: wrap; gap: 0.4rem 1.4rem; margin: 0; padding: 0.2rem 0.1rem; }
 #status .figures dt { font-size: 0.72rem; color: var(--body-text-color-subdued); margin: 0; }
 #status .figures dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -35,7 +35,7 @@ CSS = """
   #header { padding: 4px; }
   #header h1 { font-size: 1.2rem; }
   #header p { font-size: 0.8rem; }
-  #picture { height: 230px !important; }
+  #image { height: 230px !important; }
   #chat { height: 130px; }
   #chat:has(.message-row) { height: 46vh; min-height: 280px; }
   /* In one column, what is needed for a question comes before what is only looked at sometimes. */

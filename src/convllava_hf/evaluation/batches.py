@@ -129,7 +129,7 @@ def _room(assistant: Assistant, tokens: int) -> int | None:
     if tokens >= context:
         raise ConvLlavaError(
             f"A question has {tokens} tokens, and the model's context holds {context}, the answer included. Ask about "
-            "fewer pictures, or at a lower resolution."
+            "fewer images, or at a lower resolution."
         )
     return context - tokens
 
@@ -141,7 +141,7 @@ def _answered(text: str) -> dict[str, Any]:
 def _answer_tokens(assistant: Assistant, asked: list[dict[str, Any]], answered: list[dict[str, Any]]) -> int:
     """Of how many tokens the answer consists: those from the first on in which the two differ.
 
-    Counted in the text, where a picture is one token.
+    Counted in the text, where an image is one token.
     """
     ids = []
     for turns, prompt in ((asked, True), (answered, False)):

@@ -10,23 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConvLlavaError
-from .judging import (
-    F1,
-    Judge,
-    Mean,
-    Mme,
-    Summary,
-    by_answers,
-    by_choice,
-    by_containment,
-    by_overlap,
-    by_yes_no,
-)
 from .metrics import anls, exact_match, relaxed_accuracy, textvqa_accuracy, vqa_accuracy
 from .samples import (
     LETTERS,
-    Asked,
     MissingValueError,
+    Question,
     Sample,
     letter_at,
     letter_of,
@@ -34,6 +22,18 @@ from .samples import (
     options_text,
     text_of,
     texts_of,
+)
+from .scorers import (
+    F1,
+    Mean,
+    Mme,
+    Scorer,
+    Summary,
+    by_answers,
+    by_choice,
+    by_containment,
+    by_overlap,
+    by_yes_no,
 )
 
 
@@ -45,12 +45,12 @@ _WITH_WORDS = "{question}\nReference OCR token: {words}\nAnswer the question usi
 # Copies of a question with its options in another order have its number and a multiple of this (MMBench's files).
 _ROTATION = 1_000_000
 _OPTION_LINE = re.compile(r"^([A-Z])\.\s+(.+)$", re.MULTILINE)
-_LETTERS_ALONE = "Please answer directly with only the letter of the correct option and nothing else."
+_LETTERS_ONLY = "Please answer directly with only the letter of the correct option and nothing else."
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures in a table of their own: `config` and `split` of the same data set, and the column that is the key."""
+class Images:
+    """Images in a table of their own: `config` and `split` of the same data set, and the column that is the key."""
 
     config: str
     split: str
@@ -71,15 +71,15 @@ class Benchmark:
     title: str
     dataset: str
     split: str
-    read: Callable[[Mapping[str, Any]], list[Asked]]
+    read: Callable[[Mapping[str, Any]], list[Question]]
     columns: tuple[str, ...]
-    judge: Judge
+    scorer: Scorer
     prompt: str = SHORT
     metric: str = "accuracy"
     summary: Summary = Mean()
     max_new_tokens: int = 32
     config: str | None = None
-    pictures: Pictures | None = None
+    images: Images | None = None
     has_choices: bool = False
     words_column: str | None = None
     note: str | None = None  # what else decides the score
@@ -109,14 +109,14 @@ class Benchmark:
                     category=asked.category,
                     group=asked.group,
                     box=asked.box,
-                    picture=asked.picture,
+                    image=asked.image,
                 )
             )
         return samples
 
     @property
     def prompt_with_words(self) -> str:
-        """The prompt with what an OCR system read off the picture.
+        """The prompt with what an OCR system read off the image.
 
         Raises:
             ConvLlavaError: the benchmark has no such words.
@@ -126,34 +126,34 @@ class Benchmark:
         return _WITH_WORDS
 
 
-def _short(row: Mapping[str, Any], answers: str = "answers", category: str | None = None) -> list[Asked]:
+def _short(row: Mapping[str, Any], answers: str = "answers", category: str | None = None) -> list[Question]:
     kind = optional_text(row, category) or None if category else None
-    return [Asked(text_of(row, "question"), texts_of(row, answers), category=kind)]
+    return [Question(text_of(row, "question"), texts_of(row, answers), category=kind)]
 
 
-def _people(row: Mapping[str, Any]) -> list[Asked]:
+def _people(row: Mapping[str, Any]) -> list[Question]:
     """VQA v2: what each of ten people answered stands in an object of its own."""
     given = row.get("answers")
     if not isinstance(given, list | tuple) or not all(isinstance(one, Mapping) for one in given):
         raise MissingValueError(f"`answers` is {given!r:.80}; expected a list of objects with `answer`.")
     answers = texts_of({"answers": [one.get("answer") for one in given]}, "answers")
-    return [Asked(text_of(row, "question"), answers, category=optional_text(row, "answer_type") or None)]
+    return [Question(text_of(row, "question"), answers, category=optional_text(row, "answer_type") or None)]
 
 
-def _chart(row: Mapping[str, Any]) -> list[Asked]:
+def _chart(row: Mapping[str, Any]) -> list[Question]:
     return _short(row, "answer", "type")
 
 
-def _gqa(row: Mapping[str, Any]) -> list[Asked]:
-    picture = None if row.get("image") is not None else text_of(row, "imageId")
-    return [Asked(text_of(row, "question"), texts_of(row, "answer"), picture=picture)]
+def _gqa(row: Mapping[str, Any]) -> list[Question]:
+    image = None if row.get("image") is not None else text_of(row, "imageId")
+    return [Question(text_of(row, "question"), texts_of(row, "answer"), image=image)]
 
 
-def _ocr(row: Mapping[str, Any]) -> list[Asked]:
+def _ocr(row: Mapping[str, Any]) -> list[Question]:
     answers = texts_of(row, "answer")
     if not all(answer.strip() for answer in answers):
         raise MissingValueError(f"`answer` is {answers!r:.80}; expected texts that are not empty.")
-    return [Asked(text_of(row, "question"), answers, category=text_of(row, "question_type"))]
+    return [Question(text_of(row, "question"), answers, category=text_of(row, "question_type"))]
 
 
 def _yes_no(row: Mapping[str, Any]) -> str:
@@ -163,22 +163,22 @@ def _yes_no(row: Mapping[str, Any]) -> str:
     return answer
 
 
-def _pope(row: Mapping[str, Any]) -> list[Asked]:
-    return [Asked(text_of(row, "question"), (_yes_no(row),), category=optional_text(row, "category") or None)]
+def _pope(row: Mapping[str, Any]) -> list[Question]:
+    return [Question(text_of(row, "question"), (_yes_no(row),), category=optional_text(row, "category") or None)]
 
 
-def _mme(row: Mapping[str, Any]) -> list[Asked]:
-    category, picture = text_of(row, "category"), text_of(row, "question_id")
+def _mme(row: Mapping[str, Any]) -> list[Question]:
+    category, image = text_of(row, "category"), text_of(row, "question_id")
     question = text_of(row, "question").replace(" Please answer yes or no.", "")
-    return [Asked(question, (_yes_no(row),), category=category, group=f"{category}/{picture}")]
+    return [Question(question, (_yes_no(row),), category=category, group=f"{category}/{image}")]
 
 
-def _mmbench(row: Mapping[str, Any]) -> list[Asked]:
+def _mmbench(row: Mapping[str, Any]) -> list[Question]:
     choices = _lettered(row)
     index = text_of(row, "index")
     hint, question = optional_text(row, "hint"), text_of(row, "question")
     return [
-        Asked(
+        Question(
             f"{hint}\n{question}" if hint else question,
             (letter_of(row, "answer", choices),),
             choices,
@@ -198,39 +198,39 @@ def _lettered(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (*first, *there)
 
 
-def _seed(row: Mapping[str, Any]) -> list[Asked]:
-    if optional_text(row, "data_type") == "video":  # the paper's figures are of pictures
+def _seed(row: Mapping[str, Any]) -> list[Question]:
+    if optional_text(row, "data_type") == "video":  # the paper's figures are of images
         return []
     choices = tuple(text_of(row, f"choice_{letter}") for letter in "abcd")
     kind = optional_text(row, "question_type_id") or None
-    return [Asked(text_of(row, "question"), (letter_of(row, "answer", choices),), choices, category=kind)]
+    return [Question(text_of(row, "question"), (letter_of(row, "answer", choices),), choices, category=kind)]
 
 
-def _real_world(row: Mapping[str, Any]) -> list[Asked]:
+def _real_world(row: Mapping[str, Any]) -> list[Question]:
     """The options stand in the question, and so does how to answer. Some questions have none."""
     question, answer = text_of(row, "question"), text_of(row, "answer")
     found = _OPTION_LINE.findall(question)
     choices = tuple(text.strip() for _, text in found)
     if [letter for letter, _ in found] != list(LETTERS[: len(found)]) or answer not in dict(found):
         choices = ()
-    stem = _OPTION_LINE.sub("", question).replace(_LETTERS_ALONE, "").strip() if choices else question
-    return [Asked(question, (answer,), choices, stem=stem)]
+    stem = _OPTION_LINE.sub("", question).replace(_LETTERS_ONLY, "").strip() if choices else question
+    return [Question(question, (answer,), choices, stem=stem)]
 
 
-def _science(row: Mapping[str, Any]) -> list[Asked]:
+def _science(row: Mapping[str, Any]) -> list[Question]:
     choices = texts_of(row, "choices")
     hint, question = optional_text(row, "hint"), text_of(row, "question")
     asked = f"Context: {hint}\n{question}" if hint else question
     subject = optional_text(row, "subject") or None
-    return [Asked(asked, (letter_at(row.get("answer"), choices, "answer"),), choices, category=subject)]
+    return [Question(asked, (letter_at(row.get("answer"), choices, "answer"),), choices, category=subject)]
 
 
-def _diagram(row: Mapping[str, Any]) -> list[Asked]:
+def _diagram(row: Mapping[str, Any]) -> list[Question]:
     choices = texts_of(row, "options")
-    return [Asked(text_of(row, "question"), (letter_at(row.get("answer"), choices, "answer"),), choices)]
+    return [Question(text_of(row, "question"), (letter_at(row.get("answer"), choices, "answer"),), choices)]
 
 
-def _referred(row: Mapping[str, Any]) -> list[Asked]:
+def _referred(row: Mapping[str, Any]) -> list[Question]:
     """A row has several sentences about an object, each a question of its own; its box is left, top, width, height."""
     box = row.get("bbox")
     numbers = isinstance(box, list | tuple) and all(isinstance(one, int | float) for one in box)
@@ -242,7 +242,7 @@ def _referred(row: Mapping[str, Any]) -> list[Asked]:
     if not all(sentence.strip(" .") for sentence in sentences):
         raise MissingValueError(f"`answer` is {sentences!r:.80}; expected sentences that are not empty.")
     return [
-        Asked(sentence.strip(" ."), (sentence,), box=corners, part=part) for part, sentence in enumerate(sentences)
+        Question(sentence.strip(" ."), (sentence,), box=corners, part=part) for part, sentence in enumerate(sentences)
     ]
 
 
@@ -289,7 +289,7 @@ _ALL = (
     ),
     _options(
         "seed", "SEED", "lmms-lab/SEED-Bench", "test", _seed,
-        ("question", "answer", "choice_a", "choice_b", "choice_c", "choice_d"), note="pictures alone",
+        ("question", "answer", "choice_a", "choice_b", "choice_c", "choice_d"), note="images alone",
     ),
     _options(
         "realworldqa", "RealWorldQA", "lmms-lab/RealWorldQA", "test", _real_world, ("question", "answer"),
@@ -297,7 +297,7 @@ _ALL = (
     ),
     _options(
         "scienceqa", "ScienceQA", "lmms-lab/ScienceQA", "test", _science, ("question", "choices", "answer"),
-        config="ScienceQA-IMG", note="questions with pictures",
+        config="ScienceQA-IMG", note="questions with images",
     ),
     _options("ai2d", "AI2D", "lmms-lab/ai2d", "test", _diagram, ("question", "options", "answer")),
     Benchmark(
@@ -305,7 +305,7 @@ _ALL = (
     ),
     Benchmark(
         "gqa", "GQA", "lmms-lab/GQA", "testdev", _gqa, ("question", "answer"), by_answers(exact_match),
-        config="testdev_balanced_instructions", pictures=Pictures("testdev_balanced_images", "testdev"),
+        config="testdev_balanced_instructions", images=Images("testdev_balanced_images", "testdev"),
     ),
     _boxes("refcoco", "RefCOCO", "lmms-lab/RefCOCO"),
     _boxes("refcoco+", "RefCOCO+", "lmms-lab/RefCOCOplus"),

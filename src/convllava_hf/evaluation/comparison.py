@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..pages import plain
+from ..report_style import plain
 from .benchmarks import Benchmark, find_benchmark
-from .journal import SAMPLES_FILE, read_rows
-from .judging import Row
-from .record import find_runs, read_record
+from .evaluation_record import find_runs, read_record
+from .prediction_log import SAMPLES_FILE, read_rows
+from .scorers import Row
 from .statistics import PairedTest, paired_test
 from .validating import check_row
 

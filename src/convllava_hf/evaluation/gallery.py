@@ -1,4 +1,4 @@
-"""A few samples of a run to look at: right and wrong ones, with small pictures, kept beside the run."""
+"""A few samples of a run to look at: right and wrong ones, with small images, kept beside the run."""
 
 import base64
 import io
@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..atomic import write_whole
+from ..atomic import write_atomic
 from ..errors import ConvLlavaError, first_line
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
 from .comparison import is_scored
-from .journal import read_rows
-from .judging import Row
+from .prediction_log import read_rows
 from .samples import Sample
+from .scorers import Row
 from .sources import Source
 from .validating import check_gallery
 
@@ -30,10 +30,10 @@ _QUALITY = 82
 
 
 def save_gallery(folder: Path, source: Source) -> Path:
-    """Chooses samples of a finished run, and writes them with their pictures as JPEG in base64."""
+    """Chooses samples of a finished run, and writes them with their images as JPEG in base64."""
     rows = [row for row in read_rows(folder).values() if is_scored(row)]
     shown = [{**row, "jpeg": thumbnail(source, row)} for row in chosen(rows)]
-    return write_whole(folder / GALLERY_FILE, json.dumps(shown, ensure_ascii=False).encode())
+    return write_atomic(folder / GALLERY_FILE, json.dumps(shown, ensure_ascii=False).encode())
 
 
 def chosen(rows: Sequence[Row], of_each: int = OF_EACH) -> list[Row]:
@@ -49,12 +49,12 @@ def is_right(row: Row) -> bool:
 
 
 def thumbnail(source: Source, row: Row) -> str:
-    """A sample's picture, upright and small: a JPEG in base64."""
-    sample = Sample(row["id"], row["row"], row["question"], (), picture=row.get("picture_key"))
-    picture = ConvLlavaImageProcessor().fetch_images(source.picture_of(sample)).copy()
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    """A sample's image, upright and small: a JPEG in base64."""
+    sample = Sample(row["id"], row["row"], row["question"], (), image=row.get("image_key"))
+    image = ConvLlavaImageProcessor().fetch_images(source.image_of(sample)).copy()
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=_QUALITY)
+    image.save(buffer, format="JPEG", quality=_QUALITY)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,7 +1,7 @@
 """ConvLLaVA as lmms-eval asks it: generated answers, several rounds, likelihoods, in batches.
 
 lmms-eval's interface: `lmms_eval.api.model.lmms` (0.7). It has two kinds of models. To a chat model it hands messages,
-and it asks for generated answers alone; to a simple one it hands a text and pictures, and may ask for likelihoods.
+and it asks for generated answers alone; to a simple one it hands a text and images, and may ask for likelihoods.
 Nothing is caught here: an answer that cannot be had ends the run, rather than count as an empty one.
 """
 
@@ -17,9 +17,9 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError
+from ..image_options import with_image_options
 from ..inference import load, user_turn
 from ..modeling.processing_convllava import IMAGE_TOKEN
-from ..picture_options import with_picture_options
 from .batches import answer_batch, decode_answers, likelihoods
 
 
@@ -35,7 +35,7 @@ Conversation = list[dict[str, Any]]
 class _Talk:
     """A document that is asked about, perhaps in rounds.
 
-    `next_turn`: what is said next, given the answers so far; `None` if nothing is. It opens the pictures, so it is
+    `next_turn`: what is said next, given the answers so far; `None` if nothing is. It opens the images, so it is
     called when its batch is due. `options`: see `_options`. `length`: characters of the question.
     """
 
@@ -52,7 +52,7 @@ class _ConvLlava(lmms):
         pretrained: folder of a checkpoint or its id on the Hub.
         batch_size: questions asked at once.
         device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
-        image_aspect_ratio, size, min_pixels, max_pixels, preset: how large pictures are seen, where not as the
+        image_aspect_ratio, size, min_pixels, max_pixels, preset: how large images are seen, where not as the
             checkpoint says; see `ConvLlavaImageProcessor`.
 
     Raises:
@@ -81,7 +81,7 @@ class _ConvLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and self.accelerator.device.type != "cpu":
             device = str(self.accelerator.device)  # each process its own
-        pictures = {
+        image_options = {
             "image_aspect_ratio": image_aspect_ratio,
             "size": size,
             "min_pixels": min_pixels,
@@ -96,7 +96,7 @@ class _ConvLlava(lmms):
             quantization=quantization,
             trust_remote_code=trust_remote_code,
         )
-        self._assistant = replace(assistant, processor=with_picture_options(assistant.processor, pictures))
+        self._assistant = replace(assistant, processor=with_image_options(assistant.processor, image_options))
         self._device = self._assistant.device
 
     @property
@@ -208,7 +208,7 @@ class ConvLlavaChat(_ConvLlava):
 
 
 class ConvLlavaSimple(_ConvLlava):
-    """The kind that gets a text and pictures: `lmms-eval --model convllava --force_simple`."""
+    """The kind that gets a text and images: `lmms-eval --model convllava --force_simple`."""
 
     is_simple = True
 
@@ -260,11 +260,11 @@ def _from_messages(messages: Sequence[dict[str, Any]], task: str) -> Conversatio
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if kinds := {part["type"] for part in parts} - {"text", "image"}:
-            raise _only_pictures(task, kinds)
+            raise _only_images(task, kinds)
         texts = [part["text"] for part in parts if part["type"] == "text"]
-        pictures = [part["url"] for part in parts if part["type"] == "image"]
-        if any(IMAGE_TOKEN in text for text in texts):  # the text says where the pictures go
-            turns.append({**user_turn("".join(texts), pictures), "role": message["role"]})
+        images = [part["url"] for part in parts if part["type"] == "image"]
+        if any(IMAGE_TOKEN in text for text in texts):  # the text says where the images go
+            turns.append({**user_turn("".join(texts), images), "role": message["role"]})
         else:
             content = [part if part["type"] == "text" else {"type": "image", "image": part["url"]} for part in parts]
             turns.append({"role": message["role"], "content": content})
@@ -272,16 +272,14 @@ def _from_messages(messages: Sequence[dict[str, Any]], task: str) -> Conversatio
 
 
 def _from_text(text: str, visuals: Sequence[Any] | None, task: str) -> Conversation:
-    pictures = [visual for visual in visuals or [] if visual is not None]
-    if kinds := {type(one).__name__ for one in pictures if isinstance(one, dict)}:
-        raise _only_pictures(task, kinds)
-    return [user_turn(text, pictures)]
+    images = [visual for visual in visuals or [] if visual is not None]
+    if kinds := {type(one).__name__ for one in images if isinstance(one, dict)}:
+        raise _only_images(task, kinds)
+    return [user_turn(text, images)]
 
 
-def _only_pictures(task: str, kinds: set[str]) -> ConvLlavaError:
-    return ConvLlavaError(
-        f"The task {task!r} shows {', '.join(sorted(kinds))}, and ConvLLaVA reads texts and pictures."
-    )
+def _only_images(task: str, kinds: set[str]) -> ConvLlavaError:
+    return ConvLlavaError(f"The task {task!r} shows {', '.join(sorted(kinds))}, and ConvLLaVA reads texts and images.")
 
 
 def _key(options: dict[str, Any]) -> str:

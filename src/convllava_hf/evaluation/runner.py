@@ -21,16 +21,16 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from ..atomic import check_place, lock_beside
+from ..atomic import check_destination, lock_next_to
 from ..device_memory import is_out_of_memory, needed_and_free
 from ..errors import ConvLlavaError
 from ..inference import LESS_MEMORY
 from ..modeling.processing_convllava import ConvLlavaProcessor
-from .asking import Asker, Batch, Reply, user_question
 from .benchmarks import Benchmark
-from .journal import SAMPLES_FILE, Journal, read_rows, unite
-from .record import ids_left_out, make_record, write_record
-from .runs import Model, Settings, begin, describe_run
+from .evaluation_record import ids_left_out, make_record, write_record
+from .prediction_log import SAMPLES_FILE, PredictionLog, merge_shards, read_rows
+from .predictor import Batch, Predictor, Reply, user_question
+from .run_settings import Model, Settings, begin, describe_run
 from .samples import LETTERS, Sample
 from .sources import Failure, Plan, Source, open_source, plan_samples
 from .validating import check_row
@@ -96,7 +96,7 @@ def evaluate(
         source = open_source(benchmark, data, split=settings.split, config=settings.config, words=settings.ocr_tokens)
     plan = plan_samples(source, prompt, settings.limit)
     run = describe_run(source, plan, model, processor, prompt, settings)
-    folder = check_place(output, "--output") / settings.folder_name(benchmark)
+    folder = check_destination(output, "--output") / settings.folder_name(benchmark)
     with _sole_writer(folder):
         record = _run(source, plan, model, processor, folder, run, settings, overwrite, progress)
     return folder, record, source
@@ -109,7 +109,7 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_beside(folder):
+    with lock_next_to(folder):
         yield
 
 
@@ -128,14 +128,14 @@ def _run(
     state, benchmark = PartialState(), source.benchmark
     if state.is_main_process:
         begin(folder, run, overwrite)
-        for row in unite(folder, plan.ids).values():
+        for row in merge_shards(folder, plan.ids).values():
             check_row(row, folder / SAMPLES_FILE, benchmark)
     state.wait_for_everyone()
     _ask_rest(source, plan, model, folder, settings, progress)
     state.wait_for_everyone()
     record: dict[str, Any] = {}
     if state.is_main_process:
-        rows = unite(folder, plan.ids)
+        rows = merge_shards(folder, plan.ids)
         example = _example(processor, plan, settings.choice == "likelihood")
         about = {
             "example_prompt": example,
@@ -144,7 +144,7 @@ def _run(
             "processes": state.num_processes,
         }
         record = make_record(benchmark, plan, [rows[name] for name in plan.ids], run, about)
-        unite(folder, plan.ids, left_out=ids_left_out(benchmark, plan, rows))
+        merge_shards(folder, plan.ids, left_out=ids_left_out(benchmark, plan, rows))
         write_record(folder, record)
     state.wait_for_everyone()
     return record
@@ -156,26 +156,26 @@ def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: 
     done = read_rows(folder, parts=False)  # all processes must see the same ones, and others write already
     rest = [sample for name, sample in plan.samples.items() if name not in done]
     told = 0
-    with Journal(folder, state.process_index) as journal:
+    with PredictionLog(folder, state.process_index) as prediction_log:
         if state.is_main_process:
             lost = {name: failure for name, failure in plan.failures.items() if name not in done}
-            journal.append(failure_row(name, failure) for name, failure in lost.items())
+            prediction_log.append(failure_row(name, failure) for name, failure in lost.items())
             told = _tell(source, lost, told)
         if not rest:
             return
-        asker = Asker(
+        predictor = Predictor(
             model.load(),
             source,
             source.benchmark.max_new_tokens,
             settings.choice == "likelihood",
-            settings.pictures,
+            settings.image_options,
         )
-        batches = make_batches(rest, asker.lengths(rest), settings.batch_size, asker.likelihood)
+        batches = make_batches(rest, predictor.lengths(rest), settings.batch_size, predictor.likelihood)
         share = batches[state.process_index :: state.num_processes]
         bar = _Bar(source.benchmark.title, [done[name] for name in plan.samples if name in done], share, progress)
         with bar:
-            for rows in answered(asker, share):
-                journal.append(rows)
+            for rows in answered(predictor, share):
+                prediction_log.append(rows)
                 lost = {row["id"]: Failure(**row["failure"]) for row in rows if "failure" in row}
                 told = _tell(source, lost, told)
                 bar.update(rows)
@@ -196,38 +196,38 @@ def make_batches(samples: Sequence[Sample], lengths: Sequence[int], size: int, a
     return batches
 
 
-def answered(asker: Asker, batches: Sequence[Sequence[Sample]]) -> Iterator[list[dict[str, Any]]]:
+def answered(predictor: Predictor, batches: Sequence[Sequence[Sample]]) -> Iterator[list[dict[str, Any]]]:
     """The rows of each batch, asked one after the other."""
     before = time.perf_counter()
-    for batch in _prepared(asker, batches):
-        replies = ask_in_parts(asker, batch)
+    for batch in _prepared(predictor, batches):
+        replies = predict_in_parts(predictor, batch)
         now = time.perf_counter()
-        rows = _rows(asker, batch, replies)
+        rows = _rows(predictor, batch, replies)
         for row in rows:
             row["seconds"] = round((now - before) / len(rows), 6)
         before = now
         yield rows
 
 
-def _prepared(asker: Asker, batches: Sequence[Sequence[Sample]]) -> Iterator[Batch]:
+def _prepared(predictor: Predictor, batches: Sequence[Sequence[Sample]]) -> Iterator[Batch]:
     """The batches' inputs; the next ones are made ready while a device is busy with one.
 
     On a CPU they are made when they are wanted: beside the model's own threads, whose every operation waits for the
     slowest, they would cost more time than they save.
     """
-    if asker.assistant.device.type == "cpu":
-        yield from map(asker.prepare, batches)
+    if predictor.assistant.device.type == "cpu":
+        yield from map(predictor.prepare, batches)
         return
     waiting = iter(batches)
     with ThreadPoolExecutor(max_workers=_AHEAD) as pool:
-        ready: list[Future[Batch]] = [pool.submit(asker.prepare, batch) for batch in islice(waiting, _AHEAD)]
+        ready: list[Future[Batch]] = [pool.submit(predictor.prepare, batch) for batch in islice(waiting, _AHEAD)]
         while ready:
             batch = ready.pop(0).result()
-            ready += [pool.submit(asker.prepare, following) for following in islice(waiting, 1)]
+            ready += [pool.submit(predictor.prepare, following) for following in islice(waiting, 1)]
             yield batch
 
 
-def ask_in_parts(asker: Asker, batch: Batch) -> list[Reply]:
+def predict_in_parts(predictor: Predictor, batch: Batch) -> list[Reply]:
     """Asks a batch; in halves where the device's memory does not hold it.
 
     Raises:
@@ -237,21 +237,21 @@ def ask_in_parts(asker: Asker, batch: Batch) -> list[Reply]:
         return []
     if batch.inputs is not None:
         try:
-            return asker.ask(batch)
+            return predictor.predict(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch.samples) == 1:
                 raise ConvLlavaError(
-                    f"The memory of {asker.assistant.device} does not hold one sample beside the model in "
-                    f"{asker.assistant.dtype}: {needed_and_free(error)}. {LESS_MEMORY}"
+                    f"The memory of {predictor.assistant.device} does not hold one sample next to the model in "
+                    f"{predictor.assistant.dtype}: {needed_and_free(error)}. {LESS_MEMORY}"
                 ) from error
         logger.warning("A batch of %d does not fit into memory; asking in halves.", len(batch.samples))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     middle = len(batch.samples) // 2
-    halves = [asker.prepare(batch.samples[:middle]), asker.prepare(batch.samples[middle:])]
-    return [reply for half in halves for reply in ask_in_parts(asker, half)]
+    halves = [predictor.prepare(batch.samples[:middle]), predictor.prepare(batch.samples[middle:])]
+    return [reply for half in halves for reply in predict_in_parts(predictor, half)]
 
 
 def failure_row(name: str, failure: Failure) -> dict[str, Any]:
@@ -259,11 +259,11 @@ def failure_row(name: str, failure: Failure) -> dict[str, Any]:
     return {"id": name, "failure": {"kind": failure.kind, "message": failure.message}}
 
 
-def _rows(asker: Asker, batch: Batch, replies: Sequence[Reply]) -> list[dict[str, Any]]:
+def _rows(predictor: Predictor, batch: Batch, replies: Sequence[Reply]) -> list[dict[str, Any]]:
     rows = [failure_row(name, failure) for name, failure in batch.failures.items()]
     for sample, seen, reply in zip(batch.samples, batch.seen, replies, strict=True):
         try:
-            judged = _judged(asker, sample, seen, reply)
+            judged = _judged(predictor, sample, seen, reply)
         except ConvLlavaError as error:  # the data set's answers are not what the metric needs
             rows.append(failure_row(sample.id, Failure("answers", str(error))))
             continue
@@ -277,8 +277,8 @@ def _rows(asker: Asker, batch: Batch, replies: Sequence[Reply]) -> list[dict[str
             "choices": list(sample.choices),
             "category": sample.category,
             "group": sample.group,
-            "picture": [seen.width, seen.height],
-            "picture_key": sample.picture,
+            "image": [seen.width, seen.height],
+            "image_key": sample.image,
             "prompt_tokens": reply.prompt_tokens,
             "visual_tokens": reply.visual_tokens,
             "new_tokens": reply.new_tokens,
@@ -287,9 +287,9 @@ def _rows(asker: Asker, batch: Batch, replies: Sequence[Reply]) -> list[dict[str
     return rows
 
 
-def _judged(asker: Asker, sample: Sample, seen, reply: Reply) -> dict[str, Any]:
+def _judged(predictor: Predictor, sample: Sample, seen, reply: Reply) -> dict[str, Any]:
     if reply.log_likelihoods is None:
-        return asker.source.benchmark.judge(sample, reply.text, seen)
+        return predictor.source.benchmark.scorer(sample, reply.text, seen)
     best = max(range(len(reply.log_likelihoods)), key=reply.log_likelihoods.__getitem__)
     return {
         "prediction": sample.choices[best],
@@ -308,7 +308,7 @@ def _tell(source: Source, failures: dict[str, Failure], told: int) -> int:
 
 
 def _example(processor: ConvLlavaProcessor, plan: Plan, likelihood: bool) -> str | None:
-    """A sample's prompt as the model reads it, with one place for the picture."""
+    """A sample's prompt as the model reads it, with one place for the image."""
     sample = next(iter(plan.samples.values()), None)
     if sample is None:
         return None

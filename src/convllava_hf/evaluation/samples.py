@@ -23,8 +23,8 @@ class Sample:
     several. `row`: where it stands in the data set, from 0. `prompt`: what is said to the model. `answers`: those that
     are right; of a question with options, the letter. `choices`: the options, in the order of their letters. `stem`:
     what is said where each option's likelihood decides: the question without options. `box`: left, top, right and
-    bottom of the object that is looked for, in pixels. `group`: questions that count together, such as the two about a
-    picture of MME. `picture`: the key into a table of pictures, where the row holds none itself.
+    bottom of the object that is looked for, in pixels. `group`: questions that count together, such as the two about
+    an image of MME. `image`: the key into a table of images, where the row holds none itself.
     """
 
     id: str
@@ -36,11 +36,11 @@ class Sample:
     category: str | None = None
     group: str | None = None
     box: tuple[float, float, float, float] | None = None
-    picture: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """What a row asks, before it is put into a benchmark's words. `part`: number of the expression within the row."""
 
     question: str
@@ -50,8 +50,8 @@ class Asked:
     category: str | None = None
     group: str | None = None
     box: tuple[float, float, float, float] | None = None
-    picture: str | None = None
-    words: str = ""  # read off the picture by an OCR system
+    image: str | None = None
+    words: str = ""  # read off the image by an OCR system
     part: int | None = None
 
 

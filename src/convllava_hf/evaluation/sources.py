@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.paths import PictureFolder, located
-from ..data.sources import load_rows, picture_folder
+from ..data.paths import ImageFolder, located
+from ..data.training_data import folder_of_images, load_rows
 from ..errors import ConvLlavaError
-from ..record import portable_name
+from ..training_record import portable_name
 from .benchmarks import Benchmark
 from .samples import MissingValueError, Sample
 
@@ -25,7 +25,7 @@ _PART = re.compile(r"-\d{5}-of-\d{5}.*")  # as the Hub names the parts of a spli
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that gets no answer. `kind`: missing value, picture, too long or answers; `message`: what is wrong."""
+    """A sample that gets no answer. `kind`: missing value, image, too long or answers; `message`: what is wrong."""
 
     kind: str
     message: str
@@ -33,38 +33,38 @@ class Failure:
 
 @dataclass
 class Source:
-    """A benchmark's rows. `rows`: without pictures. `dataset`: as the record names it."""
+    """A benchmark's rows. `rows`: without images. `dataset`: as the record names it."""
 
     benchmark: Benchmark
     dataset: str
     split: str
     config: str | None
     rows: "Dataset"
-    pictures: "Dataset"
-    folder: PictureFolder  # where pictures lie that are files
-    picture_rows: dict[str, int] | None = None  # of pictures in a table of their own
+    images: "Dataset"
+    folder: ImageFolder  # where images lie that are files
+    image_rows: dict[str, int] | None = None  # of images in a table of their own
 
-    def picture_of(self, sample: Sample) -> Any:
-        """The sample's picture as `bytes` and `path`, or whatever stands in its place; undecoded.
+    def image_of(self, sample: Sample) -> Any:
+        """The sample's image as `bytes` and `path`, or whatever stands in its place; undecoded.
 
         Raises:
             MissingValueError: there is none.
             SampleError: it is a file outside the data set's folder.
         """
         number = sample.row
-        if self.picture_rows is not None:
-            if sample.picture not in self.picture_rows:
-                raise MissingValueError(f"There is no picture {sample.picture!r} among those of the data set.")
-            number = self.picture_rows[sample.picture]
-        picture = self.pictures[number]["image"]
-        if isinstance(picture, list):
-            if len(picture) != 1:
-                raise MissingValueError(f"`image` holds {len(picture)} pictures; expected one.")
-            picture = picture[0]
-        given = picture.get("bytes") or picture.get("path") if isinstance(picture, Mapping) else picture
+        if self.image_rows is not None:
+            if sample.image not in self.image_rows:
+                raise MissingValueError(f"There is no image {sample.image!r} among those of the data set.")
+            number = self.image_rows[sample.image]
+        image = self.images[number]["image"]
+        if isinstance(image, list):
+            if len(image) != 1:
+                raise MissingValueError(f"`image` holds {len(image)} images; expected one.")
+            image = image[0]
+        given = image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
         if not given:
-            raise MissingValueError(f"`image` is {picture!r:.80}; expected a picture.")
-        return located(picture, self.folder)
+            raise MissingValueError(f"`image` is {image!r:.80}; expected an image.")
+        return located(image, self.folder)
 
 
 @dataclass(frozen=True)
@@ -105,28 +105,28 @@ def open_source(
     path = benchmark.dataset if data is None else os.path.expanduser(os.fspath(data))
     split, config = split or benchmark.split, config or benchmark.config
     rows = _rows(path, split, config)
-    pictures, numbers = rows, None
+    images, numbers = rows, None
     columns = list(benchmark.columns)
     if words:
         columns.append(str(benchmark.words_column))
-    if "image" in rows.column_names or benchmark.pictures is None:
+    if "image" in rows.column_names or benchmark.images is None:
         columns.append("image")
     else:
         columns.append("imageId")
     _check_columns(columns, rows.column_names, f"{benchmark.title}'s data set {path!r}")
     if "imageId" in columns:
-        table = benchmark.pictures
-        pictures = _rows(path, table.split, table.config)
-        _check_columns([table.key, "image"], pictures.column_names, f"The table of pictures in {path!r}")
-        numbers = {str(key): number for number, key in enumerate(pictures[table.key])}
+        table = benchmark.images
+        images = _rows(path, table.split, table.config)
+        _check_columns([table.key, "image"], images.column_names, f"The table of images in {path!r}")
+        numbers = {str(key): number for number, key in enumerate(images[table.key])}
     return Source(
         benchmark,
         portable_name(path),
         split,
         config,
         rows.remove_columns([name for name in ("image",) if name in rows.column_names]),
-        pictures.select_columns(["image"]),
-        picture_folder(path, None),
+        images.select_columns(["image"]),
+        folder_of_images(path, None),
         numbers,
     )
 

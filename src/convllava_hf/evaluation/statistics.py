@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .judging import Table
+from .scorers import Table
 
 
 Score = Callable[[np.ndarray], np.ndarray]  # (..., quantities) -> (...)

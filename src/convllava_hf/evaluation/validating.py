@@ -10,8 +10,8 @@ from typing import Any
 
 from ..errors import ConvLlavaError
 from .benchmarks import BENCHMARKS, Benchmark
-from .judging import F1, Mme
 from .metrics import MME_COGNITION, MME_PERCEPTION
+from .scorers import F1, Mme
 
 
 Test = Callable[[Any], bool]
@@ -85,10 +85,10 @@ _RECORD: Kinds = {
     "model.name": _TEXT,
     "dtype": _TEXT,
     "quantization": _TEXT_OR_NULL,
-    "pictures": (lambda value: isinstance(value, dict), "an object"),
-    "pictures.mode": (lambda value: value in ("pad", "native", "shortest_edge"), "pad, native or shortest_edge"),
-    "pictures.size": (_or_none(is_count), "a number of pixels or null"),
-    "pictures.max_pixels": (_or_none(is_count), "a number of pixels or null"),
+    "images": (lambda value: isinstance(value, dict), "an object"),
+    "images.mode": (lambda value: value in ("pad", "native", "shortest_edge"), "pad, native or shortest_edge"),
+    "images.size": (_or_none(is_count), "a number of pixels or null"),
+    "images.max_pixels": (_or_none(is_count), "a number of pixels or null"),
     "visual_tokens": (_is_visual_tokens, "a number, or an object with a mean"),
     "seconds": (lambda value: is_number(value) and value >= 0, "a number of seconds"),
     "versions": (_table_of(is_text), "an object of texts"),
@@ -126,7 +126,7 @@ _SHOWN_BOX: Kinds = {
     "truth": (_BOX, "[left, top, right, bottom]"),
     "overlap": _NUMBER,
     "read": (_or_none(_BOX), "[left, top, right, bottom] or null"),
-    "picture": (
+    "image": (
         lambda value: _list_of(is_count, 2)(value) and min(value) > 0,
         "[width, height] in pixels",
     ),

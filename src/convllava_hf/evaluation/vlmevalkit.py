@@ -23,8 +23,8 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from ..errors import ConvLlavaError
-from ..inference import assistant_turn, load, open_picture, system_turn, user_turn
-from ..picture_options import with_picture_options
+from ..image_options import with_image_options
+from ..inference import assistant_turn, load, open_image, system_turn, user_turn
 
 
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -36,8 +36,8 @@ class ConvLlava(BaseModel):
     Args:
         model_path: folder of a checkpoint or its id on the Hub.
         max_new_tokens: an answer ends there if the model has not ended it before.
-        pictures: how large they are seen, where not as the checkpoint says: arguments of `ConvLlavaImageProcessor`,
-            such as `{"preset": "large"}`.
+        image_options: how large images are seen, where not as the checkpoint says: arguments of
+            `ConvLlavaImageProcessor`, such as `{"preset": "large"}`.
         device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
 
     Raises:
@@ -45,14 +45,14 @@ class ConvLlava(BaseModel):
     """
 
     INSTALL_REQ = False
-    INTERLEAVE = True  # pictures may stand between texts
+    INTERLEAVE = True  # images may stand between texts
     allowed_types = ["text", "image"]
 
     def __init__(
         self,
         model_path: str,
         max_new_tokens: int = 512,
-        pictures: Mapping[str, Any] | None = None,
+        image_options: Mapping[str, Any] | None = None,
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
@@ -66,7 +66,7 @@ class ConvLlava(BaseModel):
             quantization=quantization,
             trust_remote_code=trust_remote_code,
         )
-        self.assistant = replace(assistant, processor=with_picture_options(assistant.processor, pictures or {}))
+        self.assistant = replace(assistant, processor=with_image_options(assistant.processor, image_options or {}))
         self.max_new_tokens = max_new_tokens
 
     def use_custom_prompt(self, dataset: str) -> bool:
@@ -81,8 +81,8 @@ class ConvLlava(BaseModel):
         texts = [str(line[name]) for name in ("hint", "question") if _is_there(line, name)]
         options = [f"{letter}. {line[letter]}" for letter in string.ascii_uppercase if _is_there(line, letter)]
         texts += [*options, _LETTER] if options else []
-        pictures = [{"type": "image", "value": path} for path in ([paths] if isinstance(paths, str) else paths)]
-        return [*pictures, {"type": "text", "value": "\n".join(texts)}]
+        images = [{"type": "image", "value": path} for path in ([paths] if isinstance(paths, str) else paths)]
+        return [*images, {"type": "text", "value": "\n".join(texts)}]
 
     def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
         """The answer to one message."""
@@ -98,14 +98,14 @@ class ConvLlava(BaseModel):
 
 def _turn(role: str, message: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     if unknown := sorted({part["type"] for part in message} - {"text", "image"}):
-        raise ConvLlavaError(f"A message holds {', '.join(unknown)}, and ConvLLaVA reads texts and pictures.")
+        raise ConvLlavaError(f"A message holds {', '.join(unknown)}, and ConvLLaVA reads texts and images.")
     if role != "user":
         text = "\n".join(part["value"] for part in message if part["type"] == "text")
         return {"system": system_turn, "assistant": assistant_turn}[role](text)
     content = [
         {"type": "text", "text": part["value"]}
         if part["type"] == "text"
-        else {"type": "image", "image": open_picture(part["value"])}
+        else {"type": "image", "image": open_image(part["value"])}
         for part in message
     ]
     return {**user_turn(""), "content": content}

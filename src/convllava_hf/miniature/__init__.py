@@ -1,1 +1,1 @@
-"""The paper in miniature: a world of coloured shapes and signs, and a ConvLLaVA trained in it from nothing."""
+"""The paper in miniature: a world of colored shapes and signs, and a ConvLLaVA trained in it from nothing."""

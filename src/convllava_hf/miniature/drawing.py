@@ -1,4 +1,4 @@
-"""Scenes as pictures."""
+"""Scenes as images."""
 
 import functools
 
@@ -17,23 +17,23 @@ _CAP_HEIGHT = 0.72  # of a font's size
 
 
 def draw(scene: Scene, side: int = 256) -> Image.Image:
-    """The picture of a scene, RGB.
+    """The image of a scene, RGB.
 
     Args:
         side: height and width in pixels.
     """
-    picture = Image.new("RGB", (side, side), scene.background)
+    image = Image.new("RGB", (side, side), scene.background)
     for thing in scene.things:
-        draw_thing(picture, thing, side / UNITS)
-    draw_sign(picture, scene.sign, side / UNITS, scene.split)
-    return picture
+        draw_thing(image, thing, side / UNITS)
+    draw_sign(image, scene.sign, side / UNITS, scene.split)
+    return image
 
 
-def draw_thing(picture: Image.Image, thing: Thing, unit: float) -> None:
-    """Draws a thing into a picture in which one unit of boxes is `unit` pixels."""
+def draw_thing(image: Image.Image, thing: Thing, unit: float) -> None:
+    """Draws a thing into an image in which one unit of boxes is `unit` pixels."""
     left, top, right, bottom = (value * unit for value in thing.box)
     right, bottom = right - 1, bottom - 1  # PIL draws up to and with its last pixel
-    color, pen = COLORS[thing.color], ImageDraw.Draw(picture)
+    color, pen = COLORS[thing.color], ImageDraw.Draw(image)
     third = (right - left) / 3
     if thing.shape == "circle":
         pen.ellipse((left, top, right, bottom), fill=color)
@@ -50,22 +50,22 @@ def draw_thing(picture: Image.Image, thing: Thing, unit: float) -> None:
         raise ValueError(f"There is no shape {thing.shape!r}.")
 
 
-def draw_sign(picture: Image.Image, sign: Sign, unit: float, split: str) -> None:
-    """Draws a sign. Handwritten digits of the two splits are different pictures."""
+def draw_sign(image: Image.Image, sign: Sign, unit: float, split: str) -> None:
+    """Draws a sign. Handwritten digits of the two splits are different images."""
     left, top, right, bottom = (round(value * unit) for value in sign.box)
     side = right - left
-    ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), fill=_PAPER, outline=(_INK,) * 3)
+    ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill=_PAPER, outline=(_INK,) * 3)
     if sign.handwriting is None:
         font = _font(max(4, round(side * _DIGIT_HEIGHT / _CAP_HEIGHT)))
         middle = ((left + right) / 2, (top + bottom) / 2)
-        ImageDraw.Draw(picture).text(middle, str(sign.digit), fill=(_INK,) * 3, font=font, anchor="mm")
+        ImageDraw.Draw(image).text(middle, str(sign.digit), fill=(_INK,) * 3, font=font, anchor="mm")
         return
-    pictures = handwritten_digits(split)[sign.digit]
-    ink = Image.fromarray(pictures[sign.handwriting % len(pictures)])
+    images = handwritten_digits(split)[sign.digit]
+    ink = Image.fromarray(images[sign.handwriting % len(images)])
     inner = max(1, side - 2 * max(1, round(side * 0.08)))
     ink = ink.resize((inner, inner), Image.Resampling.BICUBIC)
     offset = (side - inner) // 2
-    picture.paste((_INK,) * 3, (left + offset, top + offset), mask=ink)
+    image.paste((_INK,) * 3, (left + offset, top + offset), mask=ink)
 
 
 @functools.cache

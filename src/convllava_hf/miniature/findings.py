@@ -1,7 +1,7 @@
 """`convllava quickstart --findings`: what the paper found about towers and resolutions, tried out in miniature.
 
 For each seed a tower and a language model are trained once, then joined and trained in several arms, as many at the
-same time as there are cores. Arms that are compared differ in one thing only; all see the same pictures in the same
+same time as there are cores. Arms that are compared differ in one thing only; all see the same images in the same
 order.
 """
 
@@ -38,7 +38,7 @@ SEEDS = 3
 KINDS = ("reading", *GENERAL)
 # Signs so small that twice the resolution decides whether their digits can be read.
 WORLD = World(sign_sizes=(3, 5))
-# Pixels of what the tower sees in stage 0: from a sign's in a picture of 128 pixels to over a thing's in one of 256.
+# Pixels of what the tower sees in stage 0: from a sign's in an image of 128 pixels to over a thing's in one of 256.
 TOWER_SIZES = (19, 102)
 # No boxes are asked for: the time goes to the kinds that the findings are about.
 MIXES = {"stage1": Mix(captions=1.0), "stage2": Mix(captions=0.1)}
@@ -49,7 +49,7 @@ class Arm:
     """One way to build and train a tower.
 
     Args:
-        side: of the pictures in pixels.
+        side: of the images in pixels.
         stages: of the tower, 4 or 5.
         trained: of the tower in stage 2, as the recipe's `trainable` has it.
     """
@@ -112,7 +112,7 @@ _KINDS = ("reading", "color", "shape", "count")
 FINDINGS = (
     Finding(
         "Updating the tower",
-        "Both arms read pictures of twice the side that the tower was pretrained at. One leaves its pretrained stages "
+        "Both arms read images of twice the side that the tower was pretrained at. One leaves its pretrained stages "
         "as they are; the other updates them from the third on. The fifth stage is new and trained in both.",
         ("frozen", "from3"),
         _KINDS,
@@ -126,7 +126,7 @@ FINDINGS = (
     ),
     Finding(
         "Five stages at twice the resolution",
-        "Both arms spend 16 visual tokens on a picture: four stages on 128 pixels a side, five on 256. The tower was "
+        "Both arms spend 16 visual tokens on an image: four stages on 128 pixels a side, five on 256. The tower was "
         "pretrained on things of both sizes, and the digits on signs are small.",
         ("four", "from3"),
         _KINDS,
@@ -192,7 +192,7 @@ def open_findings(folder: str | Path, *, seed: int = 0, plan: FindingsPlan | Non
     return Run(Path(folder), {"findings": True, "seed": seed, **asdict(plan or FindingsPlan())})
 
 
-def find_out(run: Run) -> dict[str, Any]:
+def run_ablations(run: Run) -> dict[str, Any]:
     """Trains and judges all arms for every seed, as far as the run has not come yet.
 
     Returns:
@@ -219,7 +219,7 @@ def find_out(run: Run) -> dict[str, Any]:
 
 
 def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
-    """Stage 0 and the pictures of a seed, which its arms share."""
+    """Stage 0 and the images of a seed, which its arms share."""
     place = _place(folder, seed)
     jobs = stage0_jobs(place / "stage0", seed, plan.tower_steps, plan.language_steps, WORLD, TOWER_SIZES, boxes=False)
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
@@ -283,7 +283,7 @@ def _teller(emit: Emit) -> Callable[..., None]:
 
 
 def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
-    """Scores on unseen scenes, and what a picture costs."""
+    """Scores on unseen scenes, and what an image costs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,7 +298,7 @@ def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
     side = model.config.vision_config.image_size
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.model.vision_tower(torch.zeros(1, 3, side, side, dtype=model.dtype))
-    cost = {"visual_tokens": count_tokens(processor), "operations_per_picture": counter.get_total_flops()}
+    cost = {"visual_tokens": count_tokens(processor), "operations_per_image": counter.get_total_flops()}
     return {**scores, **cost}
 
 
@@ -307,7 +307,7 @@ def _collect(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     arms = {}
     for name, arm in ARMS.items():
         runs = [json.loads((_place(run.folder, seed) / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]
-        costs = [{what: run.pop(what) for what in ("visual_tokens", "operations_per_picture")} for run in runs]
+        costs = [{what: run.pop(what) for what in ("visual_tokens", "operations_per_image")} for run in runs]
         arms[name] = {
             "label": arm.label,
             "resolution": arm.side,

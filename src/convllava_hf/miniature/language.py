@@ -1,4 +1,4 @@
-"""Scenes as words: captions, questions with their answers, and text pictures."""
+"""Scenes as words: captions, questions with their answers, and text images."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ GENERAL = ("color", "shape", "presence", "count")
 KINDS = ("reading", *GENERAL, "grounding")
 NUMBERS = ("zero", "one", "two", "three")
 _PERIODS = UNITS * np.array([2, 1, 1 / 2])
-EDGES = 4 * 2 * len(_PERIODS)  # numbers that tell a reader of text pictures where a box is
+EDGES = 4 * 2 * len(_PERIODS)  # numbers that tell a reader of text images where a box is
 CAPTION_PROMPT = "Describe the picture."
 GROUNDED_PROMPT = "Describe the picture with bounding boxes."
 
@@ -53,12 +53,12 @@ def caption(scene: Scene, boxes: bool = False) -> str:
     return ", ".join(f"{what} {box_text(box)}" if boxes else what for _, what, box in sorted(facts)) + "."
 
 
-def text_picture(scene: Scene) -> list[tuple[str, ...]]:
+def text_image(scene: Scene) -> list[tuple[str, ...]]:
     """A scene in words, some for each cell in reading order: what a language model can look at.
 
-    The words of a cell are said at once, at the very position where its visual token will be. Text pictures are to the
+    The words of a cell are said at once, at the very position where its visual token will be. Text images are to the
     miniature's language model what all that it has read is to Vicuna: a way to know about things, places and questions
-    about them before it ever sees a picture.
+    about them before it ever sees an image.
     """
     words = {cell_of(thing.box): (thing.color, thing.shape) for thing in scene.things}
     words[cell_of(scene.sign.box)] = ("sign", str(scene.sign.digit))
@@ -66,9 +66,9 @@ def text_picture(scene: Scene) -> list[tuple[str, ...]]:
 
 
 def edges_of_cells(scene: Scene) -> np.ndarray:
-    """Where the edges of what stands in the cells of a text picture are, (16, 24); 0 where there is nothing.
+    """Where the edges of what stands in the cells of a text image are, (16, 24); 0 where there is nothing.
 
-    Sines and cosines of left, top, right and bottom, with periods of twice the picture's side, once and half of it:
+    Sines and cosines of left, top, right and bottom, with periods of twice the image's side, once and half of it:
     the long ones say where roughly, the short ones exactly. Told of places within the cell instead, the language
     model would have to know which column a cell is in, and does not learn it in the time.
     """
@@ -104,7 +104,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """One question of every kind that the scene allows, drawn by `rng`, in the order of `KINDS`.
 
     No constant answer is right much more often than any other: numbers are drawn before things are, half the answers
-    about presence are yes, and colours, shapes, digits and places are alike by symmetry.
+    about presence are yes, and colors, shapes, digits and places are alike by symmetry.
     """
     found = [Question("reading", "What does the sign say?", str(scene.sign.digit))]
     if alone := _alone(scene, "shape"):
@@ -120,7 +120,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def count_question(scene: Scene, counted: str) -> Question:
-    """How many things have a colour or a shape."""
+    """How many things have a color or a shape."""
     number = sum(counted in (thing.color, thing.shape) for thing in scene.things)
     return Question("count", f"How many {_plural(counted)} are there?", NUMBERS[number])
 
@@ -135,7 +135,7 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
     if rng.random() < 0.5:
         color, shape = there[rng.integers(len(there))]
         return Question("presence", f"Is there {_article(color)} {shape}?", "yes")
-    # Half of what is not there has the colour of one thing and the shape of another, where there are such.
+    # Half of what is not there has the color of one thing and the shape of another, where there are such.
     mixed = {(color, shape) for color, _ in there for _, shape in there}.difference(there)
     absent = sorted(mixed) if mixed and rng.random() < 0.5 else [
         (color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in there
@@ -145,7 +145,7 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _alone(scene: Scene, attribute: str) -> list[Thing]:
-    """Things whose colour or shape no other thing has."""
+    """Things whose color or shape no other thing has."""
     values = [getattr(thing, attribute) for thing in scene.things]
     return [thing for thing, value in zip(scene.things, values, strict=True) if values.count(value) == 1]
 

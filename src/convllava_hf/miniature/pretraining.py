@@ -11,15 +11,15 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCausalLM
 
 from ..convert.writing import new_checkpoint_folder
-from .labelled_pictures import NAMES, SIDE, SIZES, labelled_picture
+from .labeled_images import NAMES, SIDE, SIZES, labeled_image
 from .language import EDGES
-from .text_pictures import text_batches, weighted_loss
+from .text_images import text_batches, weighted_loss
 from .tokenizer import make_tokenizer
 from .world import World
 
 
 _TOWER_BATCH = 16
-# Of Muon, for the matrices of each. At 0.02 some seeds of the language model never learn to look up colours.
+# Of Muon, for the matrices of each. At 0.02 some seeds of the language model never learn to look up colors.
 _TOWER_RATE, _LANGUAGE_RATE = 0.02, 0.01
 # Deviation of embeddings at first. A projector's output is about as long. If words were much shorter, what attention
 # adds at the place of a word, as which row and column it stands in, would be lost on the long visual tokens.
@@ -37,7 +37,7 @@ def train_tower(
     on_step: OnStep | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Trains a four-stage ConvNeXt to say what is at every place of pictures of 128 x 128 pixels, and saves it.
+    """Trains a four-stage ConvNeXt to say what is at every place of images of 128 x 128 pixels, and saves it.
 
     Of each place it learns the name of what is there and how far that reaches. Places are asked about one by one,
     since they are what a language model gets to see: features that only their average has to name say little at any
@@ -45,7 +45,7 @@ def train_tower(
 
     Args:
         folder: a transformers folder to make.
-        sizes: of what is in the pictures, in pixels, smallest and largest; default: `labelled_pictures.SIZES`.
+        sizes: of what is in the images, in pixels, smallest and largest; default: `labeled_images.SIZES`.
         device: that computes, `cpu` or `cuda`.
     """
     torch.manual_seed(seed)
@@ -65,9 +65,9 @@ def train_tower(
     weights = weights.to(device)
 
     def loss() -> torch.Tensor:
-        batch = [labelled_picture(rng, sizes or SIZES) for _ in range(_TOWER_BATCH)]
-        pictures, names, edges = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*batch, strict=True))
-        pixels = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+        batch = [labeled_image(rng, sizes or SIZES) for _ in range(_TOWER_BATCH)]
+        images, names, edges = (torch.from_numpy(np.stack(arrays)).to(device) for arrays in zip(*batch, strict=True))
+        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         features = tower(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
         said = head(features.float().permute(0, 2, 3, 1)).flatten(0, 2)  # (N, C, H, W) -> (N*H*W, names and 4 edges)
         targets = names.flatten()
@@ -177,7 +177,7 @@ def _optimizers(model: nn.Module, matrix_rate: float, rate: float) -> list[torch
     """Muon for the matrices of the layers, AdamW for everything else.
 
     With AdamW alone, a language model of this size stays for thousands of steps where it answers from what is in the
-    picture somewhere, before it learns to look up what belongs together.
+    image somewhere, before it learns to look up what belongs together.
     """
     matrices, others = [], []
     for name, parameter in model.named_parameters():

@@ -134,7 +134,7 @@ def stage0_jobs(
 
     Args:
         boxes: whether the language model is told and asked of boxes.
-        tower_sizes: pixels of what is in the tower's pictures; default: `labelled_pictures.SIZES`.
+        tower_sizes: pixels of what is in the tower's images; default: `labeled_images.SIZES`.
         device: that computes, `cpu` or `cuda`.
     """
     return {
@@ -230,7 +230,7 @@ def train_by_recipe(
         `[step, loss]`, all that was logged.
     """
     from ..train import main
-    from .telling import TellTraining
+    from .callbacks import TrainingProgressCallback
 
     recipe = resources.files("convllava_hf.miniature.recipes") / f"stage{stage}.yaml"
     with resources.as_file(recipe) as path:
@@ -238,7 +238,7 @@ def train_by_recipe(
         arguments += ["--seed", seed, "--disable_tqdm", "true", "--resume_from_checkpoint", "true", *options]
         if device != "cpu":  # whose cores workers would take from the model
             arguments += ["--use_cpu", "false", "--dataloader_num_workers", min(8, (os.cpu_count() or 2) // 2)]
-        trainer = main([str(argument) for argument in arguments], callbacks=[TellTraining(on_step)])
+        trainer = main([str(argument) for argument in arguments], callbacks=[TrainingProgressCallback(on_step)])
     for checkpoint in output.glob("checkpoint-*"):  # only to go on from
         shutil.rmtree(checkpoint)
     return [[row["step"], row["loss"]] for row in trainer.state.log_history if "loss" in row]
@@ -269,7 +269,7 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int, device: str = "
 
 
 def count_tokens(processor) -> int:
-    """Visual tokens of one of the miniature's pictures."""
+    """Visual tokens of one of the miniature's images."""
     return processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0]
 
 
@@ -301,7 +301,7 @@ def draw_data(
         scenes: their number by stage, `stage1` to `stage3`.
         mixes: what is said about them, by stage.
     """
-    from .samples import write_samples
+    from .scene_dataset import write_samples
 
     done = 0
     for stage, size in scenes.items():
@@ -354,7 +354,7 @@ def _parameters(model) -> dict[str, int]:
 
 
 def _save_samples(answered, folder: Path) -> list[dict[str, Any]]:
-    """Two questions of each kind with their pictures, from scenes in order, however they were answered."""
+    """Two questions of each kind with their images, from scenes in order, however they were answered."""
     from .drawing import draw
 
     each = _SAMPLES // len(KINDS)
@@ -369,7 +369,7 @@ def _save_samples(answered, folder: Path) -> list[dict[str, Any]]:
         draw(row.scene, SIDE).save(folder / name)
         samples.append(
             {
-                "picture": name,
+                "image": name,
                 "kind": row.question.kind,
                 "question": row.question.text,
                 "answer": row.answer,

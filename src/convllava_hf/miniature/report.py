@@ -1,4 +1,4 @@
-"""The report of a quickstart: a table for the terminal, and one page and one picture of all that happened."""
+"""The report of a quickstart: a table for the terminal, and one page and one image of all that happened."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from ..errors import ConvLlavaError
 from .report_figure import report_figure
 from .report_findings import write_findings
 from .report_page import report_page
-from .report_parts import share, write_whole
+from .report_parts import share, write_atomic
 
 
 __all__ = ["format_table", "write_findings", "write_report"]
@@ -30,20 +30,20 @@ def write_report(results: Mapping[str, Any], folder: Path, commands: Sequence[st
 
     Args:
         results: what `results.json` holds.
-        folder: where the pictures of `results["samples"]` are, and the report comes to be.
+        folder: where the images of `results["samples"]` are, and the report comes to be.
         commands: the next ones to type, one a line.
 
     Returns:
         The page.
 
     Raises:
-        ConvLlavaError: a sample's picture is not there, or matplotlib is not installed; the page is written even then.
+        ConvLlavaError: a sample's image is not there, or matplotlib is not installed; the page is written even then.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [_read(folder / sample["picture"]) for sample in results["samples"]]
-    page = write_whole(folder / "report.html", report_page(results, pictures, commands).encode())
-    write_whole(folder / "report.png", report_figure(results, pictures))
+    images = [_read(folder / sample["image"]) for sample in results["samples"]]
+    page = write_atomic(folder / "report.html", report_page(results, images, commands).encode())
+    write_atomic(folder / "report.png", report_figure(results, images))
     return page
 
 
@@ -52,6 +52,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConvLlavaError(
-            f"The sample picture {path} cannot be read ({error.strerror}); the report shows every picture of "
+            f"The sample image {path} cannot be read ({error.strerror}); the report shows every image of "
             "results['samples'] from the folder that it is written to. Pass the folder of the quickstart that made it."
         ) from error

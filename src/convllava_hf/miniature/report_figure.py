@@ -1,4 +1,4 @@
-"""The report as a picture: accuracies, loss curves and samples in one figure."""
+"""The report as an image: accuracies, loss curves and samples in one figure."""
 
 import contextlib
 import io
@@ -26,9 +26,9 @@ from .report_parts import (
 
 
 _WIDTH = 13.0  # inches, as all figures here
-_COLUMNS = 6  # of sample pictures
+_COLUMNS = 6  # of sample images
 _MOST_SAMPLES = 18
-_GAP = 0.032  # between the loss curves, as a share of the width; half as much between pictures
+_GAP = 0.032  # between the loss curves, as a share of the width; half as much between images
 _LINE = 0.135  # inches of a line of text
 _ROW, _HEADING = 2.72, 0.32  # inches of a row of samples, and of the heading above the first
 _DPI = 130
@@ -77,14 +77,14 @@ def png(figure) -> bytes:
     return file.getvalue()
 
 
-def report_figure(results: Mapping[str, Any], pictures: Sequence[bytes]) -> bytes:
+def report_figure(results: Mapping[str, Any], images: Sequence[bytes]) -> bytes:
     """The figure as a PNG file, 1690 pixels wide.
 
     Args:
         results: what `results.json` holds.
-        pictures: PNG files, one for each of `results["samples"]`; the first eighteen are shown.
+        images: PNG files, one for each of `results["samples"]`; the first eighteen are shown.
     """
-    shown = list(zip(results["samples"], pictures, strict=True))[:_MOST_SAMPLES]
+    shown = list(zip(results["samples"], images, strict=True))[:_MOST_SAMPLES]
     rows = -(-len(shown) // _COLUMNS)
     heights = [0.95, 2.9, 2.5]  # title, accuracies, losses; inches
     heights += [_ROW + _HEADING * (row == 0) for row in range(rows)]
@@ -119,7 +119,7 @@ def _draw_title(part, results: Mapping[str, Any]) -> None:
 def _draw_accuracies(part, results: Mapping[str, Any]) -> None:
     axis = part.add_axes((0.04, 0.13, 0.93, 0.70))
     kinds = list(results["accuracy"])
-    labels = {"accuracy": "accuracy", "chance": "chance: a constant answer", "blind": "blind: another picture"}
+    labels = {"accuracy": "accuracy", "chance": "chance: a constant answer", "blind": "blind: another image"}
     for index, (name, label) in enumerate(labels.items()):
         heights = [0 if missing(results[name][kind]) else results[name][kind] for kind in kinds]
         places = [place + (index - 1) * 0.25 for place in range(len(kinds))]
@@ -185,9 +185,9 @@ def _draw_samples(part, shown: Sequence[tuple[Mapping, bytes]], first: bool) -> 
     side = pitch - _GAP / 2
     height = side * _WIDTH / part_height
     bottom = 1 - height - _HEADING * first / part_height
-    for index, (sample, picture) in enumerate(shown):
+    for index, (sample, png_bytes) in enumerate(shown):
         axis = part.add_axes((0.04 + index * pitch, bottom, side, height))
-        with Image.open(io.BytesIO(picture)) as image:
+        with Image.open(io.BytesIO(png_bytes)) as image:
             axis.imshow(image.convert("RGB"), extent=(0, 1, 1, 0), aspect="auto")
         axis.set_axis_off()
         _draw_boxes(axis, sample)
@@ -204,7 +204,7 @@ def _draw_boxes(axis, sample: Mapping) -> None:
 
 
 def _draw_words(axis, sample: Mapping, line: float) -> None:
-    """Question, answer, truth and blind answer under a picture; `line` is a line's height as a share of the axis."""
+    """Question, answer, truth and blind answer under an image; `line` is a line's height as a share of the axis."""
     mark, color = ("✓", COLORS["right"]) if sample["correct"] else ("✗", COLORS["wrong"])
     question = textwrap.wrap(plain(sample["question"], 60), 29)
     lines = [(text, COLORS["ink"], "bold") for text in question]

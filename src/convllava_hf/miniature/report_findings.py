@@ -1,4 +1,4 @@
-"""The paper's findings in miniature: what was measured beside what the paper reports, as Markdown and as a picture."""
+"""The paper's findings in miniature: what was measured beside what the paper reports, as Markdown and as an image."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from .report_figure import figure_style, png
-from .report_parts import COLORS, amount, duration, missing, plain, share, versions_text, write_whole
+from .report_parts import COLORS, amount, duration, missing, plain, share, versions_text, write_atomic
 
 
 _ARM_COLORS = (COLORS["chance"], COLORS["accuracy"], COLORS["blind"], "#0369a1", COLORS["right"])
@@ -29,8 +29,8 @@ def write_findings(findings: Mapping[str, Any], folder: Path) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    readme = write_whole(folder / "README.md", findings_text(findings).encode())
-    write_whole(folder / "findings.png", findings_figure(findings))
+    readme = write_atomic(folder / "README.md", findings_text(findings).encode())
+    write_atomic(folder / "findings.png", findings_figure(findings))
     return readme
 
 
@@ -102,14 +102,14 @@ def _difference_row(finding: Mapping, arms: Mapping[str, Mapping]) -> list[str]:
 
 
 def _cost_table(arms: Mapping[str, Mapping]) -> str:
-    head = ["arm", "px", "stages", "visual tokens", "tower's operations a picture", "time a run"]
+    head = ["arm", "px", "stages", "visual tokens", "tower's operations per image", "time a run"]
     rows = [
         [
             arm["label"],
             arm["resolution"],
             arm["stages"],
             arm["visual_tokens"],
-            amount(arm["operations_per_picture"]),
+            amount(arm["operations_per_image"]),
             _spread([run["seconds"] for run in arm["runs"] if not missing(run["seconds"])], duration),
         ]
         for arm in arms.values()

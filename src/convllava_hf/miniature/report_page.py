@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape as _escape
 from typing import Any
 
-from ..pages import SMALL_SCREEN, STYLE
+from ..report_style import SMALL_SCREEN, STYLE
 from .report_parts import (
     COLORS,
     KIND_NOTES,
@@ -51,12 +51,12 @@ _STYLE = f"""{STYLE}td.accuracy {{ font-weight: 700; color: var(--accuracy); fon
 {SMALL_SCREEN}"""
 
 
-def report_page(results: Mapping[str, Any], pictures: Sequence[bytes], commands: Sequence[str]) -> str:
+def report_page(results: Mapping[str, Any], images: Sequence[bytes], commands: Sequence[str]) -> str:
     """The page as HTML.
 
     Args:
         results: what `results.json` holds.
-        pictures: PNG files, one for each of `results["samples"]`.
+        images: PNG files, one for each of `results["samples"]`.
         commands: the next ones to type.
     """
     parts = [
@@ -73,7 +73,7 @@ def report_page(results: Mapping[str, Any], pictures: Sequence[bytes], commands:
         "<main>",
         *_header(results),
         *_accuracies(results),
-        *_samples(results["samples"], pictures),
+        *_samples(results["samples"], images),
         *_commands(commands),
         *_losses(results["losses"]),
         *_times(results["seconds"]),
@@ -96,7 +96,7 @@ def _header(results: Mapping[str, Any]) -> list[str]:
         "seconds": ("trained and judged in", duration(results["seconds"]["total"])),
         "machine": ("machine", results["machine"]),
         **{name: (name, f"{amount(number)} parameters") for name, number in parameters.items()},
-        "picture": ("a picture", f"{model['resolution']} px, {model['visual_tokens']} tokens"),
+        "image": ("an image", f"{model['resolution']} px, {model['visual_tokens']} tokens"),
         "scenes": ("judged on", f"{results['scenes']} unseen scenes"),
         "seed": ("seed", results["seed"]),
     }
@@ -125,7 +125,7 @@ def _accuracies(results: Mapping[str, Any]) -> list[str]:
         '<ul class="legend">',
         '<li><i class="accuracy"></i>accuracy</li>',
         '<li><i class="chance"></i>chance (upper mark): a constant answer</li>',
-        '<li><i class="blind"></i>blind (lower mark): shown another scene’s picture</li>',
+        '<li><i class="blind"></i>blind (lower mark): shown another scene’s image</li>',
         "</ul>",
         "<table>",
         '<thead><tr><th scope="col">question</th><th scope="col">accuracy</th><th scope="col">chance</th>'
@@ -150,7 +150,7 @@ def _accuracies(results: Mapping[str, Any]) -> list[str]:
     return [*lines, "</tbody>", "</table>", "</section>"]
 
 
-def _samples(samples: Sequence[Mapping], pictures: Sequence[bytes]) -> list[str]:
+def _samples(samples: Sequence[Mapping], images: Sequence[bytes]) -> list[str]:
     if not samples:
         return []
     lines = ["<section>", "<h2>What it saw and said</h2>"]
@@ -161,11 +161,11 @@ def _samples(samples: Sequence[Mapping], pictures: Sequence[bytes]) -> list[str]
             '<li><i class="box truth"></i>true box</li>',
             "</ul>",
         ]
-    cards = (_sample(sample, picture) for sample, picture in zip(samples, pictures, strict=True))
+    cards = (_sample(sample, image) for sample, image in zip(samples, images, strict=True))
     return [*lines, '<div class="grid samples">', *cards, "</div>", "</section>"]
 
 
-def _sample(sample: Mapping, picture: bytes) -> str:
+def _sample(sample: Mapping, image: bytes) -> str:
     verdict = "right" if sample["correct"] else "wrong"
     shared = overlap(sample)
     rows = "".join(
@@ -175,8 +175,8 @@ def _sample(sample: Mapping, picture: bytes) -> str:
     if shared is not None:
         rows += f"<dt>overlap</dt><dd>{shared:.2f}</dd>"
     return (
-        '<article class="card"><div class="picture">'
-        f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" width="256" height="256" '
+        '<article class="card"><div class="image">'
+        f'<img src="data:image/png;base64,{base64.b64encode(image).decode()}" width="256" height="256" '
         f'alt="The scene that is asked about: {_html(sample["question"])}">{_overlay(sample)}</div>'
         f'<div class="words"><h3><span>{_html(sample["kind"])}</span>'
         f'<span class="{verdict}">{"✓" if sample["correct"] else "✗"} {verdict}</span></h3>'
@@ -185,7 +185,7 @@ def _sample(sample: Mapping, picture: bytes) -> str:
 
 
 def _overlay(sample: Mapping) -> str:
-    """The boxes over a picture: each line on a broader white one, so that it shows on every colour."""
+    """The boxes over an image: each line on a broader white one, so that it shows on every color."""
     found = boxes(sample)
     if not found:
         return ""
@@ -210,7 +210,7 @@ def _losses(losses: Mapping[str, Any]) -> list[str]:
     low, high = loss_limits(drawn)
     lines = [
         "<section>",
-        "<h2>How it learnt</h2>",
+        "<h2>How it learned</h2>",
         "<p>Loss over steps of training: of names and edges for the vision tower, cross-entropy of the words of "
         "answers everywhere else. The axes are logarithmic and alike.</p>",
         '<div class="grid curves">',

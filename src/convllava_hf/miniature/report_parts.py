@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from ..atomic import write_whole
-from ..pages import duration, plain, versions_text
+from ..atomic import write_atomic
+from ..report_style import duration, plain, versions_text
 from .scoring import intersection_over_union, parse_box
 
 
@@ -24,9 +24,9 @@ __all__ = [
     "plain",
     "share",
     "versions_text",
-    "write_whole",
+    "write_atomic",
 ]
-# The colours of docs/architecture.svg.
+# The colors of docs/architecture.svg.
 COLORS = {
     "ink": "#0f172a",
     "soft": "#475569",
@@ -50,7 +50,7 @@ STEP_NOTES = {
     "language model": "Stage 0: a small Llama learns to talk about scenes told in words, to stand in for Vicuna.",
     "data": "Scenes and conversations about them.",
     "assemble": "Tower and language model become one model, with a new fifth stage and projector.",
-    "stage 1": "Projector initialisation: the fifth stage and the projector learn.",
+    "stage 1": "Projector initialization: the fifth stage and the projector learn.",
     "stage 2": "Pretraining: the tower from its stage 3 on, the projector and the language model learn.",
     "stage 3": "Instruction tuning: the projector and the language model learn.",
     "evaluation": "Questions about unseen scenes, answered seeing and blind.",
@@ -84,7 +84,7 @@ def curves(losses: Mapping[str, Iterable]) -> tuple[dict[str, Curve], dict[str, 
     """The loss curves to draw, by step of the run, and how many of each one's values are no finite numbers.
 
     A step that was logged twice, as after an interruption, counts once, as it was last. Long curves are averaged over
-    neighbouring steps.
+    neighboring steps.
     """
     drawn, lost = {}, {}
     for name, logged in losses.items():
@@ -105,9 +105,9 @@ def loss_limits(drawn: Mapping[str, Curve]) -> tuple[float, float]:
 
 
 def boxes(sample: Mapping) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """What to draw into a sample's picture: `"truth"` or `"answer"`, and left, top, width, height from 0 to 1.
+    """What to draw into a sample's image: `"truth"` or `"answer"`, and left, top, width, height from 0 to 1.
 
-    Only grounding has boxes. An answer that is no box is left out, and one that sticks out of the picture is cut.
+    Only grounding has boxes. An answer that is no box is left out, and one that sticks out of the image is cut.
     """
     if sample["kind"] != "grounding":
         return []

@@ -27,7 +27,7 @@ OnStep = Callable[[int, int], None]  # questions answered, questions in all
 
 @dataclass(frozen=True)
 class Answered:
-    """A question, what the model answered, and what it answered to another scene's picture."""
+    """A question, what the model answered, and what it answered to another scene's image."""
 
     scene: Scene
     question: Question
@@ -52,12 +52,12 @@ def ask_about_scenes(
 ) -> list[Answered]:
     """Asks a model one question of each kind about scenes of the test split, twice: seeing and blind.
 
-    Blind means that the picture is another scene's, so that nothing is wrong with it but that it does not help.
+    Blind means that the image is another scene's, so that nothing is wrong with it but that it does not help.
 
     Args:
         scenes: their number.
         seed: of the scenes and questions.
-        side: height and width of the pictures in pixels.
+        side: height and width of the images in pixels.
         kinds: of the questions.
     """
     shown = list(islice(world.scenes("test", seed), scenes))
@@ -65,10 +65,10 @@ def ask_about_scenes(
     asked = [(index, question) for index, scene in enumerate(shown) for question in questions(scene, rng)]
     asked = [item for item in asked if item[1].kind in kinds]
     asked.sort(key=lambda item: KINDS.index(item[1].kind))  # answers of a batch are then of like length
-    pictures = [draw(scene, side) for scene in shown]
+    images = [draw(scene, side) for scene in shown]
     answers: list[list[str]] = []
     for offset in (0, scenes // 2):
-        prompts = [(pictures[(index + offset) % scenes], question.text) for index, question in asked]
+        prompts = [(images[(index + offset) % scenes], question.text) for index, question in asked]
         done = len(answers) * len(asked)
         answers.append(_answer(model, processor, prompts, on_step, done, 2 * len(asked)))
     return [
@@ -158,8 +158,8 @@ def _answer(
     answers: list[str] = []
     for start in range(0, len(prompts), _BATCH):
         conversations = []
-        for picture, text in prompts[start : start + _BATCH]:
-            content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+        for image, text in prompts[start : start + _BATCH]:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
             conversations.append([{"role": "user", "content": content}])
         inputs = processor.apply_chat_template(
             conversations,

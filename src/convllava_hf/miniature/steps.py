@@ -13,7 +13,7 @@ from queue import Empty
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..noise import quiet_imports
+from ..logging_utils import quiet_imports
 
 
 _RECORD = "run.json"

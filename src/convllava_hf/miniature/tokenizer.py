@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .language import Mix, conversation, text_picture
+from .language import Mix, conversation, text_image
 from .world import World
 
 
@@ -62,6 +62,6 @@ def _texts(world: World, scenes: int) -> Iterator[str]:
     rng = np.random.default_rng(0)
     for scene in itertools.islice(world.scenes("train", seed=0), scenes):
         for question, answer in conversation(scene, rng, Mix(0.2, 0.2, 0.3)):
-            words = " ".join(itertools.chain(*text_picture(scene)))
+            words = " ".join(itertools.chain(*text_image(scene)))
             yield f"USER: {words}\n{question} ASSISTANT: {answer}"
             yield f"USER: {question} ASSISTANT: {answer}"

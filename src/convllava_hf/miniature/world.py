@@ -1,4 +1,4 @@
-"""The miniature world: scenes of coloured shapes and one sign with a digit, as facts; nothing is drawn here."""
+"""The miniature world: scenes of colored shapes and one sign with a digit, as facts; nothing is drawn here."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ COLORS = {
     "orange": (238, 135, 35),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-UNITS = 20  # every edge of a box lies on a multiple of 1/20 of the picture's side
-CELLS = 4  # rows and columns of text pictures; no cell holds the centres of two things
+UNITS = 20  # every edge of a box lies on a multiple of 1/20 of the image's side
+CELLS = 4  # rows and columns of text images; no cell holds the centers of two things
 
 SPLITS = ("train", "test")
 _TEST_SHARE = 8  # one scene in so many belongs to the test split
@@ -25,12 +25,12 @@ _MOST_THINGS = 4
 _TRIES = 100
 _MOST_SMALLEST, _MOST_LARGEST = 6, 8  # units: five larger ones would seldom fit
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in twentieths of the picture's side
+Box = tuple[int, int, int, int]  # left, top, right, bottom in twentieths of the image's side
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape."""
+    """A colored shape."""
 
     color: str
     shape: str
@@ -39,7 +39,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A white sign with one digit: printed, or the handwritten picture of that number."""
+    """A white sign with one digit: printed, or the handwritten image of that number."""
 
     digit: int
     box: Box
@@ -48,12 +48,12 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture.
+    """What is in an image.
 
     Attributes:
-        things: no two of the same colour and shape; in random order.
+        things: no two of the same color and shape; in random order.
         sign: there is one in every scene.
-        counted: the colour or the shape that one, two or three things have, each as often.
+        counted: the color or the shape that one, two or three things have, each as often.
         background: red, green and blue, 0-255.
     """
 
@@ -71,15 +71,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class World:
-    """What scenes can be like. Sizes are sides of boxes in twentieths of the picture's, smallest and largest.
+    """What scenes can be like. Sizes are sides of boxes in twentieths of the image's, smallest and largest.
 
     Args:
-        thing_sizes: of the coloured shapes.
+        thing_sizes: of the colored shapes.
         sign_sizes: of the sign.
         handwritten: share of signs with a handwritten digit.
 
     Raises:
-        ValueError: things of these sizes do not fit into a picture.
+        ValueError: things of these sizes do not fit into an image.
     """
 
     thing_sizes: tuple[int, int] = (4, 7)
@@ -91,7 +91,7 @@ class World:
             smallest, largest = getattr(self, name)
             if not 1 <= smallest <= largest <= _MOST_LARGEST or smallest > _MOST_SMALLEST:
                 raise ValueError(
-                    f"{name}={(smallest, largest)}: {_MOST_THINGS} things and a sign would not fit into a picture of "
+                    f"{name}={(smallest, largest)}: {_MOST_THINGS} things and a sign would not fit into an image of "
                     f"{UNITS} units; expected a smallest of 1 to {_MOST_SMALLEST} and a largest up to {_MOST_LARGEST}."
                 )
 
@@ -121,21 +121,21 @@ class World:
         if rng.random() < self.handwritten:
             sign = replace(sign, handwriting=int(rng.integers(2**31)))
         order = rng.permutation(len(things))
-        grey = rng.integers(85, 200)
-        background = tuple(int(value) for value in grey + rng.integers(-15, 16, 3))
+        gray = rng.integers(85, 200)
+        background = tuple(int(value) for value in gray + rng.integers(-15, 16, 3))
         return Scene(tuple(things[i] for i in order), sign, counted, background)
 
 
 def cell_of(box: Box) -> tuple[int, int]:
-    """Row and column, from 0, of the sixteenth of the picture that holds the centre of a box."""
+    """Row and column, from 0, of the sixteenth of the image that holds the center of a box."""
     left, top, right, bottom = box
     return (top + bottom) * CELLS // (2 * UNITS), (left + right) * CELLS // (2 * UNITS)
 
 
 def _draw_kinds(rng: np.random.Generator) -> tuple[list[tuple[str, str]], str]:
-    """Colours and shapes of a scene's things, and the colour or shape that one to three of them share.
+    """Colors and shapes of a scene's things, and the color or shape that one to three of them share.
 
-    Drawing the number first makes each as likely; colours and shapes are then alike by symmetry.
+    Drawing the number first makes each as likely; colors and shapes are then alike by symmetry.
     """
     count = int(rng.integers(1, 4))
     others = int(rng.integers(0, min(2, _MOST_THINGS - count) + 1))
@@ -153,7 +153,7 @@ def _draw_kinds(rng: np.random.Generator) -> tuple[list[tuple[str, str]], str]:
 
 
 def _place(sizes: list[int], rng: np.random.Generator) -> list[Box] | None:
-    """Squares of the given sides that do not touch, their centres in different cells; `None` if there is no room."""
+    """Squares of the given sides that do not touch, their centers in different cells; `None` if there is no room."""
     boxes: list[Box] = []
     for size in sizes:
         for _ in range(_TRIES):

@@ -1,6 +1,6 @@
 """Publishing: a checkpoint as a page on the Hub that others can use."""
 
-from .facts import About, read_about
+from .metadata import About, read_about
 from .push import Pushed, push
 from .results import Result, read_results
 

@@ -10,11 +10,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import ConvLlavaError
-from .checks import Shown
-from .facts import About, lineage, model_facts
-from .files import Staged, is_hub_id
+from .markdown import cell
+from .metadata import About, lineage, model_metadata
+from .preflight import WidgetExample
 from .results import TASK, Result, table_rows, to_eval_results
-from .text import cell
+from .staging import StagedRepo, is_hub_id
 
 
 TEMPLATE = "MODEL_CARD.md"
@@ -28,12 +28,12 @@ class CardInput:
     repo_id: str
     about: About
     results: list[Result] = field(default_factory=list)
-    examples: list[Shown] = field(default_factory=list)
+    examples: list[WidgetExample] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     revision: str = "main"
 
 
-def render_card(staged: Staged, given: CardInput) -> str:
+def render_card(staged: StagedRepo, given: CardInput) -> str:
     """The card as a text: metadata in YAML, then the page.
 
     Raises:
@@ -52,13 +52,13 @@ def render_card(staged: Staged, given: CardInput) -> str:
         about=about,
         adapter=staged.base_model is not None,
         base_model=staged.base_model,
-        model=model_facts(staged),
+        model=model_metadata(staged),
         lineage=history,
         has_curve="loss.png" in staged.names(),
         rows=table_rows(given.results),
         measured=bool(given.results),
         examples=[
-            {"picture": shown.name, "question": shown.question, "answer": answer}
+            {"image": shown.name, "question": shown.question, "answer": answer}
             for shown, answer in zip(given.examples, given.answers, strict=True)
         ],
         license_text=about.license_name if about.license == "other" else about.license,
@@ -71,7 +71,7 @@ def render_card(staged: Staged, given: CardInput) -> str:
     return card
 
 
-def check_card(card: str, staged: Staged) -> None:
+def check_card(card: str, staged: StagedRepo) -> None:
     """Reads the card back as the Hub does.
 
     Raises:
@@ -97,13 +97,13 @@ def check_card(card: str, staged: Staged) -> None:
             if not is_hub_id(identity):
                 raise ConvLlavaError(f"The card's {key} has {identity!r}, which is no id on the Hub (owner/name).")
     names = set(staged.names())
-    pictures = [example["src"] for example in data.get("widget") or []]
-    pictures += re.findall(r"!\[[^\]]*\]\((?!https?:)([^)\s]+)\)", parsed.text)
-    if lacking := sorted(set(pictures) - names):
+    images = [example["src"] for example in data.get("widget") or []]
+    images += re.findall(r"!\[[^\]]*\]\((?!https?:)([^)\s]+)\)", parsed.text)
+    if lacking := sorted(set(images) - names):
         raise ConvLlavaError(f"The card shows {', '.join(lacking)}, which would not be uploaded.")
 
 
-def _metadata(staged: Staged, given: CardInput, history: dict[str, Any]) -> ModelCardData:
+def _metadata(staged: StagedRepo, given: CardInput, history: dict[str, Any]) -> ModelCardData:
     about = given.about
     adapter = staged.base_model is not None
     relation = {}

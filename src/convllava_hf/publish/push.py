@@ -12,11 +12,11 @@ from ..atomic import temporary_folder
 from ..errors import ConvLlavaError, first_line
 from ..modeling.image_utils_convllava import ImageError, open_image, to_rgb
 from .card import CardInput, render_card
-from .checks import Shown, ask_as_a_stranger, check_files
-from .facts import About
-from .files import CARD, LOADED, MAX_SHARD_SIZE, Staged, stage
+from .hub_upload import Publisher, Target, check_target, find_token
+from .metadata import About
+from .preflight import WidgetExample, check_files, run_smoke_test
 from .results import read_results
-from .upload import Publisher, Target, check_target, find_token
+from .staging import CARD, LOADED, MAX_SHARD_SIZE, StagedRepo, stage
 
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ def push(
     Args:
         model: folder of a full model or of a LoRA adapter.
         repo_id: owner/name on the Hub; made if it is not there.
-        about: what only the publisher knows, the licence above all.
+        about: what only the publisher knows, the license above all.
         results: evaluation files, see `results`.
-        examples: pictures and questions; the model's answers come from the check. Pictures are uploaded without their
+        examples: images and questions; the model's answers come from the check. Images are uploaded without their
             metadata.
         base_model: for an adapter, the id of the model that it was trained on, where its config names a path.
         private: whether a new repository is private.
@@ -116,7 +116,7 @@ def push(
         shown = [_stage_example(staged, number, *one) for number, one in enumerate(examples, 1)]
         check_files(staged, secret)
         logger.info("Loading the model in a fresh process from what will be published.")
-        answers = ask_as_a_stranger(staged, shown, secret, trust_remote_code)
+        answers = run_smoke_test(staged, shown, secret, trust_remote_code)
         given = CardInput(target.repo_id, about, measured, shown, answers[: len(shown)], revision)
         card = render_card(staged, given)
         (staged.folder / CARD).write_text(card, encoding="utf-8")
@@ -147,22 +147,22 @@ def _push_space(pushed: Pushed, publisher: Publisher | None, target: Target, for
     pushed.space_url = f"{publisher.api.endpoint}/spaces/{target.repo_id}"
 
 
-def _stage_example(staged: Staged, number: int, picture: str | os.PathLike, question: str) -> Shown:
-    """Writes a picture among the files: its pixels, and nothing else that the file knows (place, camera, name)."""
+def _stage_example(staged: StagedRepo, number: int, image: str | os.PathLike, question: str) -> WidgetExample:
+    """Writes an image among the files: its pixels, and nothing else that the file knows (place, camera, name)."""
     if not question.strip():
-        raise ConvLlavaError(f"The example {os.fspath(picture)!r} comes without a question.")
+        raise ConvLlavaError(f"The example {os.fspath(image)!r} comes without a question.")
     try:
-        with open_image(picture, repr(os.fspath(picture))) as opened:
+        with open_image(image, repr(os.fspath(image))) as opened:
             if opened.width * opened.height > _MAX_EXAMPLE_PIXELS:
                 raise ConvLlavaError(
-                    f"The example {os.fspath(picture)!r} has {opened.width} x {opened.height} pixels, too many for a "
+                    f"The example {os.fspath(image)!r} has {opened.width} x {opened.height} pixels, too many for a "
                     "page: make it smaller."
                 )
             suffix = "jpg" if opened.format in ("JPEG", "MPO") else "png"
-            pixels = to_rgb(opened, repr(os.fspath(picture)))
+            pixels = to_rgb(opened, repr(os.fspath(image)))
     except (OSError, ImageError) as error:
-        raise ConvLlavaError(f"Cannot read the picture {os.fspath(picture)!r}: {first_line(error)}") from error
-    shown = Shown(" ".join(question.split()), f"examples/example-{number}.{suffix}")
+        raise ConvLlavaError(f"Cannot read the image {os.fspath(image)!r}: {first_line(error)}") from error
+    shown = WidgetExample(" ".join(question.split()), f"examples/example-{number}.{suffix}")
     path = staged.folder / str(shown.name)
     path.parent.mkdir(exist_ok=True)
     clean = Image.frombytes("RGB", pixels.size, pixels.tobytes())

@@ -26,7 +26,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..errors import ConvLlavaError
-from .text import cell
+from .markdown import cell
 
 
 # The benchmarks of the paper's table 5, in its order. The card lists all of them, measured or not.

@@ -1,4 +1,4 @@
-"""What a recipe may say beyond TRL's own arguments."""
+"""Arguments of a recipe beyond TRL's own."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +8,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from ..boxes import check_frame
 from ..data.bad_samples import BadSamples
 from ..errors import ConvLlavaError
-from ..picture_options import PICTURE_OPTIONS
-from .checks import check_output, check_packages, check_values
+from ..image_options import IMAGE_OPTIONS
 from .recipe import RecipeParser
+from .recipe_checks import check_output, check_packages, check_values
 
 
 # LoRA on the language model's linear layers: `all-linear` would also take ConvNeXt's and the projector's.
@@ -22,7 +22,7 @@ class DataArguments(ScriptArguments):
     """Where the samples come from. `dataset_name` may also be a LLaVA JSON or JSONL file or a folder of parquet."""
 
     image_folder: str | None = field(
-        default=None, metadata={"help": "Folder that the paths of pictures in a LLaVA file start from."}
+        default=None, metadata={"help": "Folder that image paths in a LLaVA file are relative to."}
     )
     datasets: list[dict] | None = field(
         default=None,
@@ -37,7 +37,7 @@ class DataArguments(ScriptArguments):
         metadata={
             "help": "What the boxes in the data are fractions (or thousandths) of: `square`, the padded square, as in "
             "LLaVA's files, or `image`. They are rewritten where the model sees images in the other frame. An entry "
-            "of datasets may say its own; eval_dataset_name has the same."
+            "of datasets may set its own; eval_dataset_name uses the same."
         },
     )
     eval_dataset_name: str | None = field(
@@ -47,46 +47,46 @@ class DataArguments(ScriptArguments):
             "dataset_name."
         },
     )
-    on_bad_picture: str = field(
+    on_bad_image: str = field(
         default="error",
         metadata={
-            "help": "What to do about a picture that cannot be used (unreadable, or of more visual tokens than "
-            "max_length): `error`, or `skip` to take another sample."
+            "help": "What to do with an image that cannot be used (unreadable, or with more visual tokens than "
+            "max_length): `error`, or `skip` to use another sample instead."
         },
     )
-    max_bad_pictures: int = field(
+    max_bad_images: int = field(
         default=100,
-        metadata={"help": "With on_bad_picture=skip: samples of a process that may be skipped; one more is an error."},
+        metadata={"help": "With on_bad_image=skip: how many samples a process may skip; one more is an error."},
     )
     on_bad_sample: str = field(
         default="error",
         metadata={
-            "help": "What to do about a sample that cannot be used (an empty answer, no picture for its <image>, a "
+            "help": "What to do with a sample that cannot be used (an empty answer, no image for its <image>, a "
             "video, broken text): `error`, or `skip` to leave it out."
         },
     )
     max_bad_samples: int = field(
         default=100,
-        metadata={"help": "With on_bad_sample=skip: samples of all data that may be left out; one more is an error."},
+        metadata={"help": "With on_bad_sample=skip: how many samples may be left out in total; one more is an error."},
     )
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Pictures in their own shape of up to so many visual tokens: tiny (64), small (144), base (256), "
-            "large (576) or full (2304). This and the next three: as the checkpoint has it, if not given; the new "
-            "checkpoint keeps it."
+            "help": "Keep the images' aspect ratio, with at most this many visual tokens: tiny (64), small (144), "
+            "base (256), large (576) or full (2304). The default of this and the next three is the checkpoint's own "
+            "setting; the new checkpoint keeps what is set here."
         },
     )
     image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "How pictures come to the tower's shape: pad, native or shortest_edge."}
+        default=None, metadata={"help": "How images are brought to the tower's shape: pad, native or shortest_edge."}
     )
-    min_pixels: int | None = field(default=None, metadata={"help": "Native pictures of fewer pixels are enlarged."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Native pictures of more pixels are made smaller."})
+    min_pixels: int | None = field(default=None, metadata={"help": "Native images with fewer pixels are enlarged."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Native images with more pixels are made smaller."})
 
     def __post_init__(self):
         check_frame(self.boxes)
-        if self.on_bad_picture not in ("error", "skip"):
-            raise ConvLlavaError(f"on_bad_picture is {self.on_bad_picture!r}; expected error or skip.")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ConvLlavaError(f"on_bad_image is {self.on_bad_image!r}; expected error or skip.")
         self.bad_samples = self.new_bad_samples()
         if not self.dataset_name and not self.datasets:
             raise ConvLlavaError("No data: set dataset_name, or datasets for a mixture.")
@@ -99,9 +99,9 @@ class DataArguments(ScriptArguments):
         return BadSamples(self.on_bad_sample, self.max_bad_samples)
 
     @property
-    def pictures(self) -> dict[str, Any]:
-        """What was said about how pictures are looked at, as arguments of the image processor."""
-        given = {name: getattr(self, name, None) for name in PICTURE_OPTIONS}
+    def image_options(self) -> dict[str, Any]:
+        """The image options that the recipe sets, as arguments of the image processor."""
+        given = {name: getattr(self, name, None) for name in IMAGE_OPTIONS}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -124,13 +124,15 @@ class TrainingArguments(SFTConfig):
     )
     group_by_modality_length: bool = field(
         default=True,
-        metadata={"help": "Whether a step's batches hold either pictures or none, and samples of similar lengths."},
+        metadata={
+            "help": "Whether to group samples so that a step's batches all have images or none, and similar lengths."
+        },
     )
-    group_by_picture_shape: bool = field(
+    group_by_image_shape: bool = field(
         default=False,
         metadata={
-            "help": "Whether such samples are also put together that little is padded around native pictures. The "
-            "header of every picture is read for it, once."
+            "help": "Whether to group native images of similar shapes as well, to save padding. This reads the "
+            "header of every image once."
         },
     )
     merge_adapter: bool = field(
@@ -150,7 +152,7 @@ def make_parser(**kwargs) -> RecipeParser:
     """The parser of recipes and of the command line over them."""
     kwargs.setdefault("allow_abbrev", False)  # a key that is misspelled is not taken for another
     kwargs.setdefault("usage", "%(prog)s --config RECIPE [--key value ...]")
-    kwargs.setdefault("description", "RECIPE is a YAML file of the keys below. Keys given here overrule it.")
+    kwargs.setdefault("description", "RECIPE is a YAML file of the keys below. Keys given here override it.")
     return RecipeParser((DataArguments, TrainingArguments, ModelConfig), **kwargs)
 
 
@@ -169,7 +171,7 @@ def check_arguments(data: DataArguments, training: TrainingArguments, model: Mod
         )
     if not model.use_peft and not training.trainable:
         raise ConvLlavaError(
-            "Nothing says what trains: set trainable, such as [projector, language_model], or use_peft."
+            "The recipe does not say what trains: set trainable, such as [projector, language_model], or use_peft."
         )
     if not model.use_peft and (training.fp16 or model.dtype == "float16"):
         raise ConvLlavaError(
@@ -186,13 +188,13 @@ def check_arguments(data: DataArguments, training: TrainingArguments, model: Mod
             f"eval_strategy is {str(training.eval_strategy)!r}, but the data has no split to evaluate on: name "
             "eval_dataset_name, or leave eval_strategy out."
         )
-    if training.group_by_picture_shape and (data.dataset_streaming or not training.group_by_modality_length):
+    if training.group_by_image_shape and (data.dataset_streaming or not training.group_by_modality_length):
         raise ConvLlavaError(
-            "group_by_picture_shape needs group_by_modality_length and a data set that does not stream: its pictures' "
+            "group_by_image_shape needs group_by_modality_length and a data set that does not stream: its images' "
             "sizes must be known before the first step."
         )
     if training.packing or training.padding_free:
-        raise ConvLlavaError("packing and padding_free do not work with pictures: leave them out.")
+        raise ConvLlavaError("packing and padding_free do not work with images: leave them out.")
     if training.chat_template_path and not training.chat_template_path.endswith((".jinja", ".j2")):
         raise ConvLlavaError(
             f"chat_template_path is {training.chat_template_path!r}; expected a .jinja file. A tokenizer beside the "

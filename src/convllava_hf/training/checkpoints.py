@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which is the last whole one."""
+"""Checkpoints of a run: which is the last complete one."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+def get_last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest `checkpoint-N` in `output_dir` that is complete; `None` if there is none.
 
     A run that was killed, or whose disk was full, leaves a checkpoint that cannot be resumed from. Those newer than
@@ -22,14 +22,14 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     folder = Path(output_dir)
     numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     for _, path in sorted(numbered, reverse=True):
-        fault = fault_of_checkpoint(path)
+        fault = checkpoint_error(path)
         if fault is None:
             return path
-        logger.warning("%s is not whole (%s); looking for an earlier one.", path, fault)
+        logger.warning("%s is incomplete (%s); looking for an earlier one.", path, fault)
     return None
 
 
-def fault_of_checkpoint(folder: Path) -> str | None:
+def checkpoint_error(folder: Path) -> str | None:
     """What makes a checkpoint of the Trainer unusable for resuming, or `None`.
 
     `trainer_state.json` is written last. The other files are checked as far as their formats allow without loading
@@ -66,7 +66,7 @@ def _fault_of_weights(folder: Path) -> str | None:
     for file in weights:
         if not _safetensors_is_whole(file):
             return f"{file.name} is cut off"
-    # FSDP with sharded state and ZeRO-3 may keep weights in files of their own, see `_missing_state`.
+    # FSDP with sharded state and ZeRO-3 may keep weights in separate files, see `_missing_state`.
     if not weights and not (folder / "pytorch_model_fsdp_0").is_dir() and not _deepspeed_folders(folder):
         return "there are no weights"
     return None
@@ -74,7 +74,7 @@ def _fault_of_weights(folder: Path) -> str | None:
 
 def _missing_state(folder: Path) -> str | None:
     """The file that is missing of the states of optimizer, scheduler and random numbers, which every wrapper of the
-    model keeps under names of its own."""
+    model saves under its own names."""
     if deepspeed := _deepspeed_folders(folder):
         latest = folder / "latest"  # written after the folder that it names
         if not latest.is_file() or latest.read_text(encoding="utf-8").strip() not in {path.name for path in deepspeed}:

@@ -1,4 +1,4 @@
-"""A disk that is full, in one line: which file, how much is missing, and what is still whole."""
+"""A disk that is full, in one line: which file, how much is missing, and what is still complete."""
 
 import errno
 import logging
@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..errors import ConvLlavaError, first_line
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import get_last_complete_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
 _ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors and torch write by themselves and raise errors of their own, in which only the text says what happened.
+# safetensors and torch write by themselves and raise their own errors, in which only the text says what happened.
 _TEXTS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -38,7 +38,7 @@ class DiskFullError(ConvLlavaError):
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that there was no room for a file."""
+    """Whether an error or one of its causes says that there was no space for a file."""
     return any(
         (isinstance(one, OSError) and one.errno in _ERRNOS)
         or (isinstance(one, (SafetensorError, RuntimeError, OSError)) and any(text in str(one) for text in _TEXTS))
@@ -47,8 +47,8 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def telling_of_full_disk(folder: str | os.PathLike, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Makes one `DiskFullError` of whatever is raised within where there was no room for a file.
+def reporting_full_disk(folder: str | os.PathLike, needed: Callable[[], int] | None = None) -> Iterator[None]:
+    """Turns any error in the block into a `DiskFullError` if there was no space for a file.
 
     Args:
         folder: what is written to.
@@ -82,12 +82,12 @@ def checkpoint_bytes(model: nn.Module, *, adapter: bool, states: bool, optimizer
     return size + sum(one.numel() * one.element_size() for one in tensors)
 
 
-def warn_of_little_space(folder: str | os.PathLike, needed: int) -> None:
-    """Says before the first step that there is no room for a checkpoint."""
+def warn_if_low_on_space(folder: str | os.PathLike, needed: int) -> None:
+    """Warns before the first step if there is no space for a checkpoint."""
     free = shutil.disk_usage(_existing(Path(folder))).free
     if free < needed:
         logger.warning(
-            "A checkpoint takes about %s, and %s has %s free: saving will fail unless room is made.",
+            "A checkpoint takes about %s, and %s has %s free: saving will fail unless space is freed.",
             _size(needed),
             folder,
             _size(free),
@@ -100,18 +100,19 @@ def _message(folder: Path, error: Exception, needed: int) -> str:
     file = _file_of(error) or max(written, key=lambda path: path.stat().st_mtime_ns, default=folder)
     free = shutil.disk_usage(_existing(folder)).free
     missing = needed - free - sum(path.stat().st_size for path in written)
-    text = f"There is no room for {file}: {_size(free)} are free"
+    text = f"There is no space left for {file}: {_size(free)} are free"
     if missing > 0:
-        text += f", and {folder} needs about {_size(needed)} in all, so that about {_size(missing)} are missing"
+        text += f", and {folder} needs about {_size(needed)} in total, so about {_size(missing)} are missing"
     else:  # a quota, a limit on the size of files, or a cache on another disk
         text += f", which is not enough or may not be used ({first_line(error)})"
     output = folder.parent if folder.name.startswith("checkpoint-") else folder
-    whole = last_whole_checkpoint(output) if output.is_dir() else None
+    whole = get_last_complete_checkpoint(output) if output.is_dir() else None
     if whole is not None:
-        text += f". The last whole checkpoint is {whole}: make room and go on with --resume_from_checkpoint true"
+        text += f". The last complete checkpoint is {whole}: free some space and continue with"
+        text += " --resume_from_checkpoint true"
     else:
-        text += ". There is no whole checkpoint yet: make room and start again"
-    return text + (f". {folder} is not whole and can be deleted." if whole != folder and folder != output else ".")
+        text += ". There is no complete checkpoint yet: free some space and start again"
+    return text + (f". {folder} is incomplete and can be deleted." if whole != folder and folder != output else ".")
 
 
 def _files(folder: Path) -> list[Path]:

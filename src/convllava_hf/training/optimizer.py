@@ -1,4 +1,4 @@
-"""Parameter groups with learning rates of their own."""
+"""Parameter groups with separate learning rates."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ def parameter_groups(
         parameters: names and parameters; frozen ones are left out, so the optimizer holds no state for them.
         decay: names of those that `weight_decay` applies to.
         weight_decay: for them; the others have none.
-        projector_learning_rate, vision_tower_learning_rate: rates of their own; `None` leaves the optimizer's.
+        projector_learning_rate, vision_tower_learning_rate: their rates; `None` for the optimizer's.
 
     Returns:
         `[{"params", "weight_decay"[, "lr"]}]`, without empty groups.

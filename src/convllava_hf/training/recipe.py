@@ -1,4 +1,4 @@
-"""Reading recipes: YAML of keys, and of values of the types that they take; or one line that says what is wrong."""
+"""Reads recipes: YAML with known keys and values of their types; errors are one line that says what is wrong."""
 
 import difflib
 import os
@@ -27,7 +27,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser of a recipe and of the options over it. What it cannot use is a `ConvLlavaError`."""
+    """TRL's parser of a recipe and of options that override it. Raises `ConvLlavaError` for what it cannot use."""
 
     def error(self, message: str):
         raise ConvLlavaError(f"The options cannot be used: {message}")
@@ -55,7 +55,7 @@ class RecipeParser(TrlParser):
         """Makes a recipe's values the defaults of the options."""
         environment = recipe.pop("env", {})
         if not isinstance(environment, dict) or not all(map(_is_plain, environment.values())):
-            raise ConvLlavaError("`env` in the recipe is no mapping of environment variables to their values.")
+            raise ConvLlavaError("`env` in the recipe is not a mapping of environment variables to their values.")
         kinds = {key: kind for one in self.dataclass_types for key, kind in get_type_hints(one).items()}
         choices = {action.dest: action.choices for action in self._actions}
         for key in recipe:
@@ -71,26 +71,26 @@ class RecipeParser(TrlParser):
         known = sorted(action.dest for action in self._actions)
         close = difflib.get_close_matches(str(key), known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else " convllava train --help lists them all."
-        return f"{where} the key {_shown(key)}, which there is not.{hint}"
+        return f"{where} the key {_shown(key)}, which does not exist.{hint}"
 
 
 def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     """The keys and values of a recipe.
 
     Raises:
-        ConvLlavaError: there is no such file, it is too large, no text or no YAML, or holds no mapping.
+        ConvLlavaError: there is no such file, or it is too large, not text, not YAML, or not a mapping.
     """
     name = os.fspath(path)
     try:
         if not Path(name).exists():
             raise ConvLlavaError(f"There is no recipe at {name!r}: check --config.")
         if not Path(name).is_file():
-            raise ConvLlavaError(f"--config takes the file of a recipe, and {name!r} is none.")
+            raise ConvLlavaError(f"--config takes a recipe file, and {name!r} is none.")
         if (size := Path(name).stat().st_size) > MAX_BYTES:
             raise ConvLlavaError(f"{name!r} has {size:,} bytes, too many for a recipe: check --config.")
         text = Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConvLlavaError(f"The recipe {name!r} cannot be used: it is no text in UTF-8. Check --config.") from error
+        raise ConvLlavaError(f"The recipe {name!r} cannot be used: it is not UTF-8 text. Check --config.") from error
     except OSError as error:
         raise ConvLlavaError(f"The recipe {name[:200]!r} cannot be read: {error.strerror}.") from error
     try:
@@ -98,11 +98,11 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         why = getattr(error, "problem", None) or first_line(error)
-        raise ConvLlavaError(f"The recipe {name!r} cannot be used: it is no YAML{where} ({why}).") from error
+        raise ConvLlavaError(f"The recipe {name!r} cannot be used: it is not valid YAML{where} ({why}).") from error
     except (ValueError, RecursionError) as error:
         raise ConvLlavaError(f"The recipe {name!r} cannot be used: {first_line(error)}.") from error
     if not isinstance(recipe, dict):
-        raise ConvLlavaError(f"The recipe {name!r} is no mapping of keys to values.")
+        raise ConvLlavaError(f"The recipe {name!r} is not a mapping of keys to values.")
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""The order of samples: batches of one modality, of pictures of similar shapes, and of similar lengths."""
+"""The order of samples: batches of one modality, of images of similar shapes, and of similar lengths."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,44 +12,44 @@ _SORTED_TOGETHER = 50
 _GROUPS = 4
 # Where shapes matter as well, similar samples are rarer, so more are looked at.
 _SAMPLES_TOGETHER = 2048
-# Samples that are kept together within a step, whatever the number of devices that it is divided among: the order must
+# Samples that are kept together within a step, for any number of devices that it is divided among: the order must
 # not depend on it.
 _PADDED_TOGETHER = 8
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Samples such that a step's batches, over all devices, hold either pictures or none, and similar lengths.
+    """Samples such that a step's batches, over all devices, hold either images or none, and similar lengths.
 
-    A text-only batch beside one with pictures leaves a device idle while the other runs its tower; a short sample
-    beside a long one is mostly padding. What does not fill a batch of one modality goes into mixed ones.
+    A text-only batch next to one with images leaves a device idle while the other runs its tower; a short sample
+    next to a long one is mostly padding. What does not fill a batch of one modality goes into mixed ones.
 
-    With shapes, samples with pictures are put together such that little is padded both around pictures and after
-    texts: they are halved by rows, by columns or by length, whichever leaves least to pad in the halves, and so on.
+    With shapes, samples with images are grouped to need little padding, both around images and after texts: they are
+    halved by rows, by columns or by length, whichever leaves least to pad in the halves, and so on.
 
-    The order is a function of the seed, the epoch and the samples of a step alone, so a resumed run goes on in the
+    The order is a function only of the seed, the epoch and the samples of a step, so a resumed run goes on in the
     same order, and every process has the same.
 
     Args:
         lengths: of every sample, in tokens or anything proportional to them.
-        has_picture: of every sample.
+        has_image: of every sample.
         batch_size: samples of a step over all devices.
         seed: of the order.
-        shapes: rows and columns of visual tokens that every sample's pictures need room for, (0, 0) without any.
+        shapes: rows and columns of visual tokens that every sample's images need room for, (0, 0) without any.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
-        has_picture: Sequence[bool],
+        has_image: Sequence[bool],
         batch_size: int,
         seed: int,
         shapes: Sequence[tuple[int, int]] | None = None,
     ):
         for name, values in (("lengths", lengths), ("shapes", shapes)):
-            if values is not None and len(values) != len(has_picture):
-                raise ValueError(f"There are {len(values)} {name}, but {len(has_picture)} samples.")
+            if values is not None and len(values) != len(has_image):
+                raise ValueError(f"There are {len(values)} {name}, but {len(has_image)} samples.")
         self.lengths = lengths
-        self.has_picture = has_picture
+        self.has_image = has_image
         self.shapes = shapes
         if shapes is not None:
             self._extents = [rows for rows, _ in shapes], [columns for _, columns in shapes], list(lengths)
@@ -68,7 +68,7 @@ class ModalityLengthSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         full, rest = [], []
         for modality in (True, False):
-            indices = [index for index, picture in enumerate(self.has_picture) if bool(picture) is modality]
+            indices = [index for index, image in enumerate(self.has_image) if bool(image) is modality]
             batches = self._batches(indices, generator)
             if batches and len(batches[-1]) < self.batch_size:
                 rest += batches.pop()
@@ -93,13 +93,13 @@ class ModalityLengthSampler(Sampler[int]):
         return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
 
     def _arranged(self, group: list[int]) -> list[int]:
-        """Whole steps of samples of one modality such that neighbours are alike."""
-        if self.shapes is None or not self.has_picture[group[0]]:
+        """Whole steps of samples of one modality such that neighbors are alike."""
+        if self.shapes is None or not self.has_image[group[0]]:
             return sorted(group, key=self.lengths.__getitem__, reverse=True)
         return self._halved(group, self.batch_size)
 
     def _halved(self, indices: list[int], unit: int) -> list[int]:
-        """Halves and halves of halves, in whole units, of the likes of samples with pictures."""
+        """Halves and halves of halves, in whole units, of the likes of samples with images."""
         if len(indices) <= unit:
             if unit <= _PADDED_TOGETHER or len(indices) <= _PADDED_TOGETHER:
                 return sorted(indices, key=self.lengths.__getitem__, reverse=True)

@@ -1,11 +1,11 @@
-"""How large the tower will see every picture of a data set, from the pictures' headers alone."""
+"""The size at which the tower will see each image of a data set, from the images' headers."""
 
 import logging
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from ..data.picture_files import stored_size
+from ..data.image_files import stored_size
 
 
 logger = logging.getLogger(__name__)
@@ -15,18 +15,18 @@ _FEATURES = Features({"sizes": List(List(Value("int64")))})
 _UNKNOWN = (-1, -1)
 
 
-def picture_shapes(dataset: Dataset, image_processor: Any, processes: int | None = None) -> Shapes:
-    """Rows and columns of visual tokens of every picture of every sample.
+def image_shapes(dataset: Dataset, image_processor: Any, processes: int | None = None) -> Shapes:
+    """Rows and columns of visual tokens of every image of every sample.
 
     The sizes are kept in the cache of `datasets`, so that the next run of the same data, or the next process, need not
-    read them again. A picture whose header cannot be read counts as a square; what is done about it is decided when it
+    read them again. An image whose header cannot be read counts as a square; what is done about it is decided when it
     is opened.
 
     Args:
-        dataset: with a column `images` of undecoded pictures.
-        processes: that read headers; `None` for this one alone.
+        dataset: with a column `images` of undecoded images.
+        processes: that read headers; `None` for only this one.
     """
-    seen = image_processor.picture_sizes()
+    seen = image_processor.image_sizing()
     sizes = dataset.select_columns(["images"]).map(
         _sizes,
         batched=True,
@@ -34,7 +34,7 @@ def picture_shapes(dataset: Dataset, image_processor: Any, processes: int | None
         remove_columns=["images"],
         features=_FEATURES,
         num_proc=processes,
-        desc="Reading sizes of pictures",
+        desc="Reading sizes of images",
     )
     known: dict[tuple[int, int], tuple[int, int]] = {}
     shapes: Shapes = []
@@ -47,20 +47,20 @@ def picture_shapes(dataset: Dataset, image_processor: Any, processes: int | None
             known[size] = tuple(side // seen.stride for side in seen.seen(height, width))
         shapes.append([known[size] for size in pairs])
     if unknown:
-        logger.warning("The sizes of %d pictures could not be read; they count as squares.", unknown)
+        logger.warning("The sizes of %d images could not be read; they count as squares.", unknown)
     return shapes
 
 
-def room_for(shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """Rows and columns that all pictures of a sample fit into; (0, 0) for none."""
+def max_grid(shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns that all images of a sample fit into; (0, 0) for none."""
     return max((rows for rows, _ in shapes), default=0), max((columns for _, columns in shapes), default=0)
 
 
 def _sizes(batch: dict[str, list]) -> dict[str, list]:
-    """Heights and widths of a batch's pictures; -1 where they cannot be told."""
-    return {"sizes": [[_size(picture) for picture in images or ()] for images in batch["images"]]}
+    """Heights and widths of a batch's images; -1 where unknown."""
+    return {"sizes": [[_size(image) for image in images or ()] for images in batch["images"]]}
 
 
-def _size(picture: dict[str, Any]) -> tuple[int, int]:
-    size = stored_size(picture)
+def _size(image: dict[str, Any]) -> tuple[int, int]:
+    size = stored_size(image)
     return _UNKNOWN if size is None or min(size) < 1 else size

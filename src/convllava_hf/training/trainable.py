@@ -39,7 +39,7 @@ def full_pattern(pattern: str) -> str:
 def resolve_trainable(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """The parameters among `names` that train.
 
-    A pattern is a glob (`*`, `?`, `[2-4]`) over the name of a module or of a parameter; a module stands for all that
+    A pattern is a glob (`*`, `?`, `[2-4]`) over the name of a module or of a parameter; a module means everything that
     is in it. Short names: `projector`, `vision_tower`, `vision_tower.stages.N`, `language_model`, `lm_head`.
 
     Raises:
@@ -61,7 +61,7 @@ def resolve_trainable(names: Iterable[str], patterns: Iterable[str]) -> list[str
 
 
 def set_trainable(model: nn.Module, patterns: Iterable[str]) -> list[TrainablePart]:
-    """Makes exactly what `patterns` name trainable, and returns the table of it.
+    """Makes exactly the parameters that `patterns` name trainable, and returns a table of them.
 
     Raises:
         ConvLlavaError: see `resolve_trainable`; or what should train is in float16.
@@ -80,14 +80,14 @@ def set_trainable(model: nn.Module, patterns: Iterable[str]) -> list[TrainablePa
 
 
 def trainable_table(model: nn.Module) -> list[TrainablePart]:
-    """How much of each part of the model trains. Parts without weights of their own (a tied head) are left out.
+    """How much of each part of the model trains. Parts without their own weights (a tied head) are left out.
 
     Raises:
         ConvLlavaError: nothing trains.
     """
     parts: dict[str, TrainablePart] = {}
     for name, parameter in model.named_parameters():
-        if ".original_module." in name:  # PEFT keeps it beside the copy that trains
+        if ".original_module." in name:  # PEFT keeps it next to the copy that trains
             continue
         part = parts.setdefault(_part_of(name), TrainablePart(_part_of(name), 0, 0))
         part.total += parameter.numel()

@@ -1,15 +1,15 @@
 """The benchmarks' metrics as pure functions over texts and numbers.
 
 A score lies between 0 and 1 unless its function says otherwise. Prediction and answers are given as they are: every
-function does the normalisation that its definition asks for. Importing this loads neither torch nor another large
+function does the normalization that its definition asks for. Importing this loads neither torch nor another large
 library; `anls` needs rapidfuzz.
 """
 
-from .boxes import Box, box_iou, parse_boxes, to_unit_box, undo_square_padding
+from .box_metrics import Box, box_iou, parse_boxes, to_unit_box, undo_square_padding
 from .choices import parse_choice, parse_yes_no
-from .polls import MME_COGNITION, MME_PERCEPTION, MmeRow, mme_scores, pope_scores
-from .reading import anls, ocrbench_score, relaxed_accuracy
+from .documents import anls, ocrbench_score, relaxed_accuracy
 from .vqa import exact_match, normalize_vqa, textvqa_accuracy, vqa_accuracy
+from .yes_no import MME_COGNITION, MME_PERCEPTION, MmeRow, mme_scores, pope_scores
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from ...errors import ConvLlavaError
 
 
 # "B", "(b)", "B.", "[B]:" and nothing else.
-_LETTER_ALONE = re.compile(r"[\[(\"'*]*([A-Za-z])[\])\"'*.:,]*")
+_BARE_LETTER = re.compile(r"[\[(\"'*]*([A-Za-z])[\])\"'*.:,]*")
 # "B. a dog", "(b) a dog", "B: a dog", "b) a dog", "**B**", "B - a dog".
 _LETTER_FIRST = re.compile(r"\*{0,2}(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])\)|([A-Z])(?:\*\*|[.:\]]|,?\s+-))(?=\s|$)")
 # "The answer is (B)", "Answer: B", "option B", "I choose B".
@@ -41,7 +41,7 @@ def parse_choice(prediction: str, choices: Sequence[str]) -> int | None:
     if isinstance(choices, str) or not 1 <= len(choices) <= len(string.ascii_uppercase):
         raise ConvLlavaError(f"choices is {choices!r}, and a list of 1 to 26 texts is expected.")
     text = prediction.strip()
-    if (match := _LETTER_ALONE.fullmatch(text)) and (index := _index(match[1], len(choices))) is not None:
+    if (match := _BARE_LETTER.fullmatch(text)) and (index := _index(match[1], len(choices))) is not None:
         return index
     folded = [_fold(choice) for choice in choices]
     if folded.count(_fold(text)) == 1:

@@ -1,4 +1,4 @@
-"""VQA accuracy with the official normalisation of answers, and exact match after it.
+"""VQA accuracy with the official normalization of answers, and exact match after it.
 
 Definitions: Antol et al., "VQA: Visual Question Answering" (arXiv 1505.00468); the evaluation code and the
 rules at visualqa.org/evaluation. TextVQA's own evaluator (EvalAI's, in facebookresearch/mmf) splits words first.
@@ -39,7 +39,7 @@ _LEAST_ANSWERS = 4  # with fewer, leaving one out, no prediction could agree wit
 
 
 def normalize_vqa(text: str) -> str:
-    """The official normalisation of VQA v2: punctuation, number words up to ten, articles, apostrophes, lower case.
+    """The official normalization of VQA v2: punctuation, number words up to ten, articles, apostrophes, lower case.
 
     Punctuation becomes a blank, or nothing where the same mark stands beside a blank or the text has a comma between
     digits. Periods go unless a digit follows. Apostrophes and colons stay.
@@ -58,7 +58,7 @@ def normalize_vqa(text: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """How far people agree with a prediction: min(matches / 3, 1) among the others, averaged over who is left out.
 
-    Prediction and answers are normalised by `normalize_vqa`. What normalisation leaves nothing of ("the") matches an
+    Prediction and answers are normalized by `normalize_vqa`. What normalization leaves nothing of ("the") matches an
     empty prediction, as in the official code.
 
     Args:
@@ -74,7 +74,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """`vqa_accuracy` as TextVQA's own evaluator (mmf's EvalAI processor, LLaVA, lmms-eval) counts it.
 
-    It drops commas and question marks and parts `'s` from its word before it normalises: `red,blue` becomes
+    It drops commas and question marks and parts `'s` from its word before it normalizes: `red,blue` becomes
     `redblue` there, and `red blue` in `vqa_accuracy`, which is what VLMEvalKit and so the paper's table go by.
     """
     check_answers(answers, _LEAST_ANSWERS)
@@ -84,7 +84,7 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if a prediction is one of the answers after `normalize_vqa`, else 0.0: GQA's accuracy (arXiv 1902.09506).
 
-    Where normalisation leaves nothing of a text, the text itself is compared, in lower case: an empty prediction is
+    Where normalization leaves nothing of a text, the text itself is compared, in lower case: an empty prediction is
     not the answer `a`.
     """
     check_answers(answers)

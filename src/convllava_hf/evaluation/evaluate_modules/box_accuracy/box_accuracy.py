@@ -1,8 +1,8 @@
 """Accuracy of boxes at an IoU of 0.5: RefCOCO, RefCOCO+, RefCOCOg.
 
-`references` are left, top, right and bottom in pixels, `widths` and `heights` those of the pictures. Predictions are
-texts; the first box in one counts, in fractions or thousandths of the square that the picture was padded to, or of the
-picture itself with `padded=False`.
+`references` are left, top, right and bottom in pixels, `widths` and `heights` those of the images. Predictions are
+texts; the first box in one counts, in fractions or thousandths of the square that the image was padded to, or of the
+image itself with `padded=False`.
 """
 
 from convllava_hf.evaluation import evaluate_base, metrics

@@ -1,4 +1,4 @@
-"""Exact match after the normalisation of VQA v2: GQA."""
+"""Exact match after the normalization of VQA v2: GQA."""
 
 from convllava_hf.evaluation import evaluate_base, metrics
 
