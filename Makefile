@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 # Compiling all of torch while installing takes longer than compiling what is imported.
 PIP := -m pip --disable-pip-version-check --no-input install --quiet --no-compile
 
-.PHONY: help quickstart test test-slow test-miniature test-lmms-eval test-compat gpu gpu-bundle style format wheel clean
+.PHONY: help quickstart test test-slow test-miniature test-lmms-eval test-compat gpu gpu-bundle docs style format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ gpu: $(if $(findstring --bundle,$(ARGS)),,$(VENV)/.installed-dev) ## test and me
 
 gpu-bundle: ## collect the packages that a GPU machine without a network lacks
 	$(PYTHON) benchmarks/gpu_jobs/bundle.py gpu-bundle $(ARGS)
+
+# The variable silences mkdocs-material's note about its successor.
+docs: $(VENV)/.installed-dev ## build the documentation into build/site, and refuse broken links and names
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 style: $(VENV)/.installed-dev ## lint, and check the formatting
 	$(BIN)/ruff check .

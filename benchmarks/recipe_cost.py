@@ -1,5 +1,5 @@
 """What a training recipe costs, counted and not measured: `python benchmarks/recipe_cost.py` prints the tables of
-recipes/README.md. Models are built without weights, so it takes seconds and no memory to speak of.
+docs/train.md. Models are built without weights, so it takes seconds and no memory to speak of.
 """
 
 import logging

@@ -222,6 +222,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         "peak": torch.cuda.max_memory_allocated() if cuda else peak_resident() - before,
         "waits": sum(clock.waits) / seconds,
         "step": sorted(clock.steps)[len(clock.steps) // 2],
+        "steps": [round(seconds, 3) for seconds in clock.steps],
         "length": tokens / counted,
         "scored": scored / counted,
         "padding": 1 - tokens / padded,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ask, make_image
-from test_readme import commands
+from test_docs import commands
 
 from convllava_hf.cli import main
 from convllava_hf.errors import ConvLlavaError
@@ -294,7 +294,7 @@ def test_what_cannot_be_asked_is_refused(chat_model, checkpoint):
         type(chat_model)(str(checkpoint), batch_size="auto")
 
 
-def test_commands_of_the_readme_are_understood(monkeypatch):
+def test_commands_of_the_docs_are_understood(monkeypatch):
     from lmms_eval.__main__ import parse_eval_args
     from lmms_eval.models import get_model
     from lmms_eval.tasks import TaskManager
@@ -302,7 +302,7 @@ def test_commands_of_the_readme_are_understood(monkeypatch):
 
     tasks = set(TaskManager().all_tasks)
     for argv in commands("lmms-eval"):
-        monkeypatch.setattr(sys, "argv", ["lmms-eval", *argv])
+        monkeypatch.setattr(sys, "argv", argv)
         _, args = parse_eval_args()
         model = get_model(args.model, args.force_simple)
         inspect.signature(model).bind(**simple_parse_args_string(args.model_args), batch_size=args.batch_size)

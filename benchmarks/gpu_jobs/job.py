@@ -135,9 +135,13 @@ def machine(context: Context) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Replaces the file as a whole."""
+    """Replaces the file as a whole. Each case takes one line."""
+    lines = []
+    for key, value in result.items():
+        rows = ",\n".join(f"  {json.dumps(case)}" for case in value) if key == "cases" else None
+        lines.append(f' "{key}": ' + (f"[\n{rows}\n ]" if rows else json.dumps(value)))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     temporary.replace(path)
 
 

@@ -64,8 +64,8 @@ def tower(kind: str, way: str, side: int, tiny: bool, device: torch.device) -> n
 def apply_way(module: nn.Module, way: str, backend: str = "inductor") -> None:
     """Changes a tower of ours in place.
 
-    The ways of `vision_backends.VISION_BACKENDS` are the package's own. Those of this script compile the blocks one by one, all
-    those of a stage from one compilation ("blocks compiled"), with sizes left open ("blocks dynamic"); or the
+    The ways of `vision_backends.VISION_BACKENDS` are the package's own. Those of this script compile the blocks one by
+    one, all those of a stage from one compilation ("blocks compiled"), with sizes left open ("blocks dynamic"); or the
     package's parts with other options of torch.compile ("stages dynamic", "stages autotuned").
 
     Args:

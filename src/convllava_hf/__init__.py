@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .boxes import convert_boxes
+    from .inference import assistant_turn, load, open_image, user_turn
     from .registration import (
         AutoModelForVision2Seq,
         ConvLlavaConfig,
@@ -30,14 +31,22 @@ __all__ = [
     "ConvLlavaImageProcessor",
     "ConvLlavaModel",
     "ConvLlavaProcessor",
+    "assistant_turn",
     "convert_boxes",
+    "load",
+    "open_image",
+    "user_turn",
 ]
+# Where the names are that are not in `registration`.
+_MODULES = {
+    "convert_boxes": "boxes",
+    **dict.fromkeys(("assistant_turn", "load", "open_image", "user_turn"), "inference"),
+}
 
 
 def __getattr__(name: str):
     if name in __all__:
-        module = "boxes" if name == "convert_boxes" else "registration"
-        return getattr(import_module(f"{__name__}.{module}"), name)
+        return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'registration')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
