@@ -166,7 +166,7 @@ def write_summary(out: Path) -> None:
         tables = importlib.import_module(job.name).tables(result)
         parts.append(f"## {job.what[0].upper()}{job.what[1:]}\n\n{tables}")
         if result.get("skipped"):
-            parts.append(f"Left out for lack of time: {', '.join(result['skipped'])}.")
+            parts.append(f"Left out for lack of time: {'; '.join(result['skipped'])}.")
     if machine:
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         head = f"{machine['device']}, Python {machine['python']}, {versions}."

@@ -85,14 +85,16 @@ def main(job: str, cases: Callable[[Context], Iterable[Case]], doc: str) -> int:
         "cases": [],
         "skipped": [],
     }
-    for case in cases(context):
-        if arguments.only and not any(part in case.name for part in arguments.only):
-            continue
+    chosen = [
+        case for case in cases(context) if not arguments.only or any(part in case.name for part in arguments.only)
+    ]
+    for case in chosen:
         if context.remaining < (0 if context.tiny else case.seconds):
-            result["skipped"].append(case.name)
             continue
         print(f"{time.monotonic() - started:7.1f} s  {job}: {case.name}", flush=True)
         result["cases"].append({"name": case.name, **case.settings, **_measure(case, context)})
+        done = {row["name"] for row in result["cases"]}
+        result["skipped"] = [one.name for one in chosen if one.name not in done]
         result["seconds"] = round(time.monotonic() - started, 1)
         write(arguments.out, result)
     write(arguments.out, result)

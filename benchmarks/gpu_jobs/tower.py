@@ -60,12 +60,10 @@ def cases(context: Context) -> Iterable[Case]:
         if not context.tiny or label == "768":
             yield from (tower_case(kind, "eager", label, context, count) for count in ([1, batch] if many else [1]))
     yield Case("parts of a block", parts, 3)
-    yield Case("buckets, eager", buckets_case("eager", in_buckets=False), 30)
     for label in ("768", "1536"):
         yield tower_case("ours", "channels-last", label, context, 1, benchmark=True)
         if cuda:
             yield tower_case("ours", "channels-last", label, context, 1, graph=True)
-    yield Case("buckets, channels-last", buckets_case("channels-last", in_buckets=False), 30)
     for label, count in [("1536", 1), ("768", batch), ("A4", 1), ("768", 1)]:
         yield tower_case("ours", "blocks compiled", label, context, count, 8)
         if cuda and count == 1:
@@ -73,6 +71,7 @@ def cases(context: Context) -> Iterable[Case]:
     for label in ("1536", "A4", "768"):
         yield tower_case("ours", "blocks dynamic", label, context, 1, 10 if label == "1536" else 3)
     yield Case("buckets, blocks dynamic", buckets_case("blocks dynamic", in_buckets=False), 8)
+    yield Case("buckets, eager", buckets_case("eager", in_buckets=False), 30)
     if cuda:  # the package's own compilations for a CPU take too long for a rehearsal
         for way in ("compiled", "cuda-graphs"):
             for label, count in [("1536", 1), ("768", batch), ("A4", 1)]:
