@@ -218,7 +218,7 @@ class Server:
 
 def serve(repository: Path) -> int:
     """Serves until it is ended. The first line of output is JSON: `port`, `memory` when loaded, `package`."""
-    from handler_loading import load_handler
+    from helpers.handler_loading import load_handler
 
     handler = load_handler(repository)
 
@@ -262,7 +262,7 @@ def memory() -> dict[str, int]:
 
 
 def make_repository(model: Path | None, folder: Path) -> Path:
-    import handler_loading
+    from helpers import handler_loading
 
     if model is None:
         from convllava_hf.convert import convert_checkpoint

@@ -8,8 +8,8 @@ import json
 import time
 from pathlib import Path
 
-from browser import chromium
-from demo_models import scripted_assistant
+from helpers.browser import chromium
+from helpers.demo_models import scripted_assistant
 
 from convllava_hf.demo.limits import Limits
 from convllava_hf.demo.serving import page_of

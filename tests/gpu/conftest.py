@@ -13,7 +13,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from conftest import make_processor  # noqa: E402
+from helpers.tiny_models import make_processor  # noqa: E402
 
 from .devices import CUDA, DEVICE, REHEARSAL  # noqa: E402
 
@@ -79,7 +79,7 @@ def wide(wide_checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory) -> Path:
-    from conftest import make_image
+    from helpers.tiny_models import make_image
 
     path = tmp_path_factory.mktemp("image") / "image.png"
     make_image(90, 140).save(path)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ask, make_image
+from helpers.tiny_models import ask, make_image
 from transformers import AutoModelForImageTextToText, CompileConfig, pipeline
 
 from convllava_hf import ConvLlavaForConditionalGeneration, cli
@@ -206,7 +206,7 @@ def test_the_pipeline(checkpoint, model, processor, device):
 
 
 def test_the_handler_of_endpoints(checkpoint, image_file, tmp_path, device, monkeypatch):
-    from handler_loading import MODULE, load_handler, make_repository
+    from helpers.handler_loading import MODULE, load_handler, make_repository
 
     folder, before = make_repository(checkpoint, tmp_path / "repository"), list(sys.path)
     try:
@@ -262,7 +262,7 @@ def test_the_demo_s_conversation(assistants, image_file, tmp_path):
 @pytest.mark.parametrize(("name", "choice"), [("pope", "letter"), ("mmbench", "likelihood")])
 def test_an_evaluation(name, choice, checkpoint, assistants, tmp_path):
     pytest.importorskip("datasets")
-    from benchmark_data import make
+    from helpers.benchmark_data import make
 
     from convllava_hf.evaluation.benchmarks import BENCHMARKS
     from convllava_hf.evaluation.run_settings import Model, Settings

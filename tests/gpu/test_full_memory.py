@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from conftest import TEXT_SHAPE, make_config, make_image, make_model, make_processor
+from helpers.tiny_models import TEXT_SHAPE, make_config, make_image, make_model, make_processor
 from transformers import AutoConfig
 
 from convllava_hf.errors import ConvLlavaError
@@ -67,7 +67,7 @@ def test_answering(remembering, large):
 def test_training(large, tmp_path):
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
-    from training_runs import RECIPES, STAGES, run
+    from helpers.training_runs import RECIPES, STAGES, run
 
     options = {"max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": "false", "save_strategy": "no"}
     recipe = RECIPES / f"{STAGES[3]}.yaml"

@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT_SHAPE, ask, make_config, make_image, make_model, make_processor
+from helpers.tiny_models import TEXT_SHAPE, ask, make_config, make_image, make_model, make_processor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 

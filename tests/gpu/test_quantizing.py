@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_image
-from test_quantization import KEPT, QUANTIZERS, TOLERANCES, linear_layers, quantized_modules
+from helpers.quantizing import KEPT, QUANTIZERS, TOLERANCES, linear_layers, quantized_modules
+from helpers.tiny_models import make_image
 from transformers import AutoModelForImageTextToText
 
 from convllava_hf.inference import load, user_turn

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import make_image
-from tiny_models import randomized
+from helpers.tiny_models import make_image, randomized
 
 from convllava_hf import ConvLlavaConfig
 from convllava_hf.inference import load, user_turn

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, make_image, make_model, make_processor
+from helpers.tiny_models import make_config, make_image, make_model, make_processor
 from torch.utils.data import DataLoader
 
 from .devices import CUDA, DEVICE, EXACT, deviation, moved, needs_cuda
@@ -23,7 +23,7 @@ def trained():
     """`training_runs`, where the packages for training are there."""
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
-    import training_runs
+    from helpers import training_runs
 
     return training_runs
 
@@ -108,7 +108,7 @@ def test_each_stage_trains_by_its_recipe(stage, dtype, trained, converted_checkp
     ours = trained.run(recipe, start, tmp_path / "narrow", **{**options, **IN_BFLOAT16, "dtype": dtype})
     theirs = trained.run(recipe, start, tmp_path / "exact", **options)
     assert next(ours.model.parameters()).device.type == DEVICE.type
-    # bfloat16 on a CPU is within 1 % (autocast) and 3 % (weights): tests/test_training_modes.py.
+    # bfloat16 on a CPU is within 1 % (autocast) and 3 % (weights): tests/training/test_modes.py.
     np.testing.assert_allclose(trained.logged(ours, "loss"), trained.logged(theirs, "loss"), rtol=3e-2)
     before, after = trained.weights_of(start), trained.weights_of(tmp_path / "narrow")
     names = {name for name, one in ours.model.named_parameters() if one.requires_grad}
