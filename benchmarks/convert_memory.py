@@ -10,7 +10,6 @@ passed.
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -73,8 +72,10 @@ def report(rows: list[dict]) -> int:
     import torch
     import transformers
 
+    from convllava_hf.utils.environment import cpu_name
+
     versions = {"torch": torch, "transformers": transformers, "safetensors": safetensors}
-    print(f"{platform.platform()}, {processor()}, Python {platform.python_version()}")
+    print(f"{platform.platform()}, {cpu_name()}, Python {platform.python_version()}")
     print(", ".join(f"{name} {module.__version__}" for name, module in versions.items()), end="\n\n")
     print("| original | written dtype | checkpoint | largest shard | limit | peak | time |")
     print("|---|---|---|---|---|---|---|")
@@ -84,13 +85,6 @@ def report(rows: list[dict]) -> int:
     passed = all(values["peak"] < values["limit"] for values in rows)
     print("\nWithin the limit." if passed else "\nOVER THE LIMIT.")
     return 0 if passed else 1
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells it, and the number of its cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def convert(source: str, output: str, dtype: str) -> dict:

@@ -53,9 +53,9 @@ def make_assistant(arguments):
     from convllava_hf import ConvLlavaProcessor
     from convllava_hf.convert import convert_checkpoint
     from convllava_hf.inference import Assistant
-    from convllava_hf.loading import choose_device, choose_dtype
+    from convllava_hf.inference.loading import choose_device, choose_dtype
+    from convllava_hf.inference.vision_backends import choose_vision_backend, optimize_vision_tower
     from convllava_hf.profiling.models import random_model
-    from convllava_hf.vision_backends import choose_vision_backend, optimize_vision_tower
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(device, arguments.dtype)
@@ -74,13 +74,14 @@ def converse(assistant, side: int) -> list[list[tuple[float, int, int]]]:
     from convllava_hf.profiling.preprocessing import jpeg, open_jpeg
 
     image = open_jpeg(jpeg(1024, 768))
+    assistant = assistant.with_image_options(size=side)
     kinds = [assistant, assistant.with_prompt_cache()]
     found = [[], []]
     messages = []
     for number, question in enumerate(QUESTIONS):
         messages.append(user_turn(question, [image] if number == 0 else []))
         for kind, one in enumerate(kinds):
-            answer = one.answer(messages, max_new_tokens=2, images_kwargs={"size": side})
+            answer = one.answer(messages, max_new_tokens=2)
             found[kind].append((answer.first_token_seconds, answer.reused_tokens, answer.prompt_tokens))
         messages.append(assistant_turn("A short answer, the same in each run."))
     return found

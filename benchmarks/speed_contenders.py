@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from convllava_hf.inference.vision_backends import optimize_vision_tower
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
 from convllava_hf.profiling.generation import QUESTION_TOKENS, answer, prompt
 from convllava_hf.profiling.measuring import operations
 from convllava_hf.profiling.models import built, random_model, text_config, tower_config
-from convllava_hf.vision_backends import optimize_vision_tower
 
 
 IMAGE = 3  # the placeholder's id in every model here
@@ -159,7 +159,7 @@ def loaded(spec, device, dtype):
     from pathlib import Path
 
     from convllava_hf import ConvLlavaForConditionalGeneration
-    from convllava_hf.loading import quantization_config
+    from convllava_hf.inference.loading import quantization_config
 
     warnings.filterwarnings("ignore", message="MatMul8bitLt")  # said in every layer of every step
     how = {}

@@ -94,7 +94,7 @@ def contender(spec: dict[str, Any]) -> int:
     import torch
     from speed_contenders import KINDS
 
-    from convllava_hf.loading import choose_device, choose_dtype
+    from convllava_hf.inference.loading import choose_device, choose_dtype
     from convllava_hf.profiling.machine import product
     from convllava_hf.profiling.measuring import clocked, peak, reset_peak, resident
 
@@ -159,7 +159,7 @@ def common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def publish(name: str, heading: str, rows: Any, tables: Sequence[str], arguments: argparse.Namespace) -> None:
     """Write `name`.md and `name`.json, and print the Markdown."""
-    from convllava_hf.loading import choose_device, choose_dtype
+    from convllava_hf.inference.loading import choose_device, choose_dtype
     from convllava_hf.profiling.machine import copy_bandwidth, describe, in_words, matrix_rate
     from convllava_hf.profiling.tables import write, write_json
 

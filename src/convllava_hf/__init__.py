@@ -62,6 +62,6 @@ def _command_line_starts() -> bool:
 # The command line answers --help and mistakes without waiting for torch; it registers before it runs a command, or the
 # command does where it can begin without.
 if _command_line_starts():
-    import_module(f"{__name__}.interrupts").exit_quietly()
+    import_module(f"{__name__}.utils.interrupts").exit_quietly()
 else:
     import_module(f"{__name__}.registration")

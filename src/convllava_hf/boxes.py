@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from .errors import ConvLlavaError
+from .options import IMAGE_MODES
 
 
 Box = tuple[float, float, float, float]
@@ -27,7 +28,7 @@ Spans = tuple[tuple[int, int], ...]
 
 FRAMES = ("square", "image")
 DEFAULT_FRAME = "square"  # of data that does not say another, such as LLaVA's
-# Seen one after another, so that neighboring boxes are told apart.
+# In this order, so that neighboring boxes differ.
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
 _MAX_DRAWN = 24  # more boxes than these cover the image
 _THOUSAND = 1000
@@ -50,7 +51,7 @@ def four_numbers(text: str) -> Iterator[tuple[Box, Spans, bool]]:
         groups = range(1, 5) if bracketed else range(5, 9)
         numbers = tuple(float(match[group]) for group in groups)
         if all(map(math.isfinite, numbers)):  # 1e999
-            yield numbers, tuple(match.span(group) for group in groups), bracketed
+            yield cast(Box, numbers), tuple(match.span(group) for group in groups), bracketed
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TextBox:
     bracketed: bool
 
     def fits_image(self, height: int, width: int) -> bool:
-        """Whether the box, in the square, is on the image at least in part and not in the padding alone."""
+        """Whether the box, in the square, is on the image at least in part and not only in the padding."""
         left, top, right, bottom = _moved(self.box, height, width, "image")
         # A box at the edge may be in the padding by rounding.
         unit = 10.0 ** -(3 if self.decimals is None else self.decimals)
@@ -80,7 +81,7 @@ def find_boxes(text: str) -> list[TextBox]:
 
     Four numbers in brackets or parentheses are a box if the third is not smaller than the first, the fourth not
     smaller than the second, and if they are fractions: all from 0 to 1; or thousandths: all whole, from 0 to 1000, one
-    of them at least 100. Other lists of numbers are no boxes.
+    of them at least 100. Other lists of numbers are not boxes.
     """
     found = []
     for numbers, spans, bracketed in four_numbers(text):
@@ -95,7 +96,7 @@ def find_boxes(text: str) -> list[TextBox]:
             box, decimals = numbers, min(max(map(_decimals, written)), _MAX_DECIMALS)
         else:
             continue
-        found.append(TextBox(box, spans, decimals, bracketed))
+        found.append(TextBox(cast(Box, box), spans, decimals, bracketed))
     return found
 
 
@@ -152,7 +153,7 @@ def check_frame(frame: Any) -> str:
 
 def frame_of_mode(mode: str) -> str:
     """The frame in which a model names boxes, by its image processor's `image_aspect_ratio`: that of what it sees."""
-    return "square" if mode == "pad" else "image"
+    return "square" if IMAGE_MODES[mode].square else "image"
 
 
 def place_in_square(height: int, width: int) -> Box:
@@ -252,7 +253,7 @@ def _clipped(box: Sequence) -> tuple:
 def _decimals(number: str) -> int:
     """Decimals of a number as it is written: 2 of `0.10`, 5 of `1e-05`."""
     exponent = Decimal(number).as_tuple().exponent
-    return max(0, -exponent)
+    return max(0, -exponent) if isinstance(exponent, int) else 0  # a number that is infinite has no decimals
 
 
 def _scale_of(box: Sequence[float]) -> int:

@@ -1,6 +1,7 @@
 """Registers ConvLLaVA with transformers' Auto classes, and holds what the package exports."""
 
 import inspect
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -21,7 +22,9 @@ AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", AutoMod
 def _register_image_processor() -> None:
     """One class, PIL-backed, whichever backend transformers 5 would rather have; transformers 4 calls it slow."""
     if "image_processor_classes" in inspect.signature(AutoImageProcessor.register).parameters:
-        classes = {"image_processor_classes": dict.fromkeys(("pil", "torchvision"), ConvLlavaImageProcessor)}
+        classes: dict[str, Any] = {
+            "image_processor_classes": dict.fromkeys(("pil", "torchvision"), ConvLlavaImageProcessor)
+        }
     else:
         classes = {"slow_image_processor_class": ConvLlavaImageProcessor}
     AutoImageProcessor.register(ConvLlavaConfig, **classes, exist_ok=True)

@@ -12,11 +12,9 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .data import load_training_data
-from .device_memory import telling_of_full_memory
 from .errors import ConvLlavaError, first_line
-from .image_options import with_image_options
-from .links import check_links
-from .loading import check_checkpoint, load_processor
+from .inference.loading import check_checkpoint, load_processor
+from .inference.trust import from_checkpoint, pickled_code
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .training.arguments import LORA_TARGETS, DataArguments, TrainingArguments, check_arguments, make_parser
 from .training.checkpoints import checkpoint_error, get_last_complete_checkpoint
@@ -27,7 +25,8 @@ from .training.recording import save_training_record
 from .training.template_check import check_chat_template
 from .training.trainable import format_table, set_trainable, trainable_table
 from .training.trainer import ConvLlavaTrainer
-from .trust import from_checkpoint, pickled_code
+from .utils.device_memory import explain_out_of_memory
+from .utils.links import check_links
 
 
 logger = logging.getLogger(__name__)
@@ -79,8 +78,7 @@ def train(
     if model_config.use_peft and model_config.lora_target_modules is None:
         model_config.lora_target_modules = LORA_TARGETS
     check_model(training, model_config)
-    processor = load_processor(model_config.model_name_or_path, **source)
-    processor = with_image_options(processor, data.image_options)
+    processor = load_processor(model_config.model_name_or_path, **source, image_options=data.image_options)
     check_chat_template(processor, training.assistant_only_loss)
     dataset = load_training_data(
         data.dataset_name,
@@ -94,13 +92,13 @@ def train(
         bad_samples=data.bad_samples,
     )
     name = f"the model {model_config.model_name_or_path!r}"
-    with telling_of_full_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
+    with explain_out_of_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
         model = _load_model(model_config, training.trust_remote_code)
     if not model_config.use_peft:
         set_trainable(model, training.trainable)
     evaluation = _evaluation_data(data, training)
     try:
-        with telling_of_full_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
+        with explain_out_of_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
             trainer = ConvLlavaTrainer(
                 model=model,
                 args=training,
@@ -127,7 +125,7 @@ def train(
         logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
     step = f"a training step with {training.per_device_train_batch_size} samples at once"
     try:
-        with telling_of_full_memory(step, training.device, _SMALLER_STEP):
+        with explain_out_of_memory(step, training.device, _SMALLER_STEP):
             trainer.train(resume_from_checkpoint=resume)
     except pickle.UnpicklingError as error:
         if resume is None:

@@ -1,4 +1,4 @@
-"""training_record.json: what a checkpoint was made from and how it was trained, for whoever publishes it.
+"""training_record.json: what a checkpoint was made from and how it was trained, for publishing it.
 
 It lies in the checkpoint's folder and grows with each stage: `origin` names the parts that a model was assembled or
 converted from, `stages` has one entry a training run, the earliest first. Every key may be missing. Nothing in it says
@@ -7,12 +7,12 @@ where a file lay on the machine: of what lies here, and of an absolute path, the
 
 import json
 import logging
-import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from .utils.json_files import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 def read_record(folder: str | Path) -> dict[str, Any]:
     """The record in a checkpoint's folder: `{"origin": {...}, "stages": [...]}`, empty where there is none.
 
-    A record that cannot be read is told in a warning and counts as none: it is no reason to lose a training run.
+    A record that cannot be read is reported in a warning and counts as none: a training run need not fail for it.
     """
     empty: dict[str, Any] = {"format": _FORMAT, "origin": {}, "stages": []}
     path = Path(folder) / RECORD_FILE
@@ -102,16 +102,13 @@ def write_record(
         for part, source in (origin or {}).items()
         if source
     }
-    path = Path(folder) / RECORD_FILE
-    record = {"format": _FORMAT, "origin": origin, "stages": list(stages)}
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return write_json(Path(folder) / RECORD_FILE, {"format": _FORMAT, "origin": origin, "stages": list(stages)})
 
 
 def portable_name(source: str | Path) -> str:
-    """What may be told of a source: of a path its last name, for it says nothing to others; an id as it is.
+    """What is recorded of a source: an id as it is, of a path only the last name; the rest means nothing to others.
 
-    A relative path of two parts looks like an id on the Hub, and is told from one by lying here.
+    A relative path of two parts looks like an id on the Hub; it is a path if it exists here.
     """
     text = str(source)
     if _WINDOWS.match(text):
@@ -119,14 +116,3 @@ def portable_name(source: str | Path) -> str:
     if text.startswith(("/", "~", "file:")):
         return PurePosixPath(text).name
     return Path(text).resolve().name if Path(text).exists() else text
-
-
-def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Python's version and those of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

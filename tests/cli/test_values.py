@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from helpers.tiny_models import make_image
 
-from convllava_hf import cli, interrupts
-from convllava_hf.cli.common import shortened
+from convllava_hf import cli
 from convllava_hf.convert.writing import parse_size
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.loading import choose_device
+from convllava_hf.inference.loading import choose_device
+from convllava_hf.options import shortened
+from convllava_hf.utils import interrupts
 
 
 NINES = "9" * 400
@@ -270,7 +271,8 @@ from pathlib import Path
 package = types.ModuleType("convllava_hf")  # without its __init__, which imports torch
 package.__path__ = [{package!r}]
 sys.modules["convllava_hf"] = package
-from convllava_hf import atomic, interrupts
+from convllava_hf.utils import atomic
+from convllava_hf.utils import interrupts
 interrupts.exit_quietly()
 if sys.argv[2] == "importing":
     print("ready", flush=True)
@@ -290,7 +292,7 @@ except KeyboardInterrupt:
     [("importing", signal.SIGINT, 130), ("writing", signal.SIGINT, 130), ("writing", signal.SIGTERM, 143)],
 )
 def test_a_signal_leaves_nothing_behind_and_says_nothing(tmp_path, moment, number, code):
-    source = _WAITS.format(package=str(Path(interrupts.__file__).parent))
+    source = _WAITS.format(package=str(Path(interrupts.__file__).parents[1]))
     process = subprocess.Popen(
         [sys.executable, "-c", source, str(tmp_path), moment],
         stdout=subprocess.PIPE,

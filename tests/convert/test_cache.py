@@ -21,7 +21,7 @@ from convllava_hf.convert.cache import CACHE_VARIABLE, cache_folder, converted_c
 from convllava_hf.convert.writing import ShardWriter
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import load, open_image, user_turn
-from convllava_hf.loading import load_processor
+from convllava_hf.inference.loading import load_processor
 from convllava_hf.training_record import read_record
 
 
@@ -120,7 +120,8 @@ def test_a_commit_on_the_hub_is_the_name(source, tmp_path, conversions, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(hub), raising=False)
     monkeypatch.setattr(
-        "convllava_hf.loading.cached_file", lambda name, file, revision=None: cache.hf_hub_download(name, file)
+        "convllava_hf.inference.loading.cached_file",
+        lambda name, file, revision=None: cache.hf_hub_download(name, file),
     )
     golden_variants.as_released(source, tower)
     golden_variants.into_hub_cache(hub, golden_variants.RELEASED_TOWER, tower)
@@ -292,7 +293,7 @@ def test_two_processes_at_once_convert_once(source, folder):
     script = """
     from convllava_hf.convert import checkpoint
     from convllava_hf.convert.cache import converted_checkpoint
-    from convllava_hf.loading import load_processor
+    from convllava_hf.inference.loading import load_processor
     made, convert = [], checkpoint.convert_checkpoint
     checkpoint.convert_checkpoint = lambda *args, **kwargs: made.append(args[0]) or convert(*args, **kwargs)
     found = converted_checkpoint(values["source"])

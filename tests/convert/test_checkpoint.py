@@ -256,7 +256,7 @@ REFUSALS = [
     (lambda s: (s / "model.safetensors").unlink(), "holds no weights"),
     (lambda s: (s / "model.safetensors").write_bytes(b"no weights"), "cannot be read as safetensors"),
     (lambda s: (s / "config.json").unlink(), "config.json is missing"),
-    (lambda s: (s / "config.json").write_text("{"), "is not JSON"),
+    (lambda s: (s / "config.json").write_text("{"), "is not valid JSON"),
     (lambda s: (s / "tokenizer.model").unlink(), "no tokenizer.model"),
     (lambda s: (s / "vision_tower" / "pytorch_model.bin").unlink(), "No weights of the vision tower"),
     (lambda s: shutil.rmtree(s / "vision_tower"), "example/convnext-tiny-320.*--vision-tower"),

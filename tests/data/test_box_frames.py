@@ -23,7 +23,7 @@ from convllava_hf.errors import ConvLlavaError
 from convllava_hf.evaluation.benchmarks import BENCHMARKS
 from convllava_hf.evaluation.metrics import box_iou
 from convllava_hf.evaluation.predictor import Predictor
-from convllava_hf.image_options import with_image_options
+from convllava_hf.options import with_image_options
 
 
 hf = pytest.importorskip("datasets")
@@ -292,7 +292,7 @@ def test_check_says_when_it_cannot_tell(folder, tmp_path, capsys):
     """Of few boxes, or of images that are squares."""
     samples = [sample("photo.jpg", "Where?", BOX)] + [sample("square.jpg", "Where?", "[0.00, 0.10, 1.00, 0.90]")] * 40
     path = written(tmp_path / "data.json", *samples)
-    assert "cannot be told" in run(capsys, "check", path, "--images", folder)[1]
+    assert "do not show whether" in run(capsys, "check", path, "--images", folder)[1]
     assert check_data(path, folder).boxes.looks_like is None
     path = written(tmp_path / "data.json", sample("photo.jpg", "Where?", "There. [0, 0, 1, 1]"))
     assert check_data(path, folder).boxes.outside == 0

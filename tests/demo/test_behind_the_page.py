@@ -157,7 +157,7 @@ def test_files_that_are_no_images_are_refused_without_naming_their_place(tmp_pat
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConvLlavaError, match="no image|damaged") as caught:
+        with pytest.raises(ConvLlavaError, match="not an image|damaged") as caught:
             read_image(tmp_path / name, LIMITS)
         assert str(tmp_path) not in str(caught.value) and name not in str(caught.value)
 
@@ -203,10 +203,10 @@ def test_a_preset_shows_the_model_that_many_pixels(own, shape):
     processor = make_processor(768, **own)
     image = make_image(*shape)
     for preset in presets(processor.image_processor).values():
-        data = processor.image_processor(image, return_tensors="np", **preset.images_kwargs)
+        data = processor.image_processor(image, return_tensors="np", **preset.image_options)
         seen = view(processor.image_processor, preset, *image.size)
         assert data["pixel_values"].shape[2:] == (seen.height, seen.width)
-        inputs = processor(image, "<image>", images_kwargs=dict(preset.images_kwargs))
+        inputs = processor(image, "<image>", images_kwargs=dict(preset.image_options))
         assert inputs["input_ids"][0].count(processor.image_token_id) == seen.visual_tokens
         whole = (seen.left, seen.top, seen.across, seen.down) == (0, 0, 1, 1)
         assert whole is (shape[0] == shape[1] or "px" not in preset.name or "shorter" in preset.name)
@@ -242,7 +242,7 @@ def test_space_files_are_the_packages_own():
 
     package = Path(convllava_hf.__file__).parent
     files = space_files("someone/model")
-    for name in ("inference.py", "demo/page.py", "demo/chat_session.py"):
+    for name in ("inference/assistant.py", "demo/page.py", "demo/chat_session.py"):
         assert files[f"convllava_hf/{name}"] == (package / name).read_text(encoding="utf-8")
     assert "convllava_hf/modeling/modeling_convllava.py" in files
 
@@ -274,7 +274,7 @@ def test_the_command_hands_on_what_it_was_told(checkpoint, monkeypatch):
     assert cli.main(["demo", str(checkpoint), *flags]) == 0
     assert (seen["model"], seen["host"], seen["port"]) == (str(checkpoint), "0.0.0.0", 8000)
     assert (seen["limits"].queue, seen["limits"].upload_bytes) == (3, 2 * 2**20)
-    assert seen["max_new_tokens"] == seen["limits"].answer_tokens == 4096
+    assert seen["generation"]["max_new_tokens"] == seen["limits"].answer_tokens == 4096
 
 
 def test_websockets_are_closed():

@@ -184,7 +184,7 @@ def test_closing_the_page_ends_the_generation(browser, image, assistant):
 def test_a_text_file_named_jpg_is_refused_and_the_next_image_works(browser, image, tmp_path):
     (tmp_path / "text.jpg").write_text("no image at all")
     browser.upload(FILE, tmp_path / "text.jpg")
-    browser.wait(f"{STATUS}.includes('no image that can be read')")
+    browser.wait(f"{STATUS}.includes('not an image that can be read')")
     assert browser.evaluate("document.querySelector('#status [role=alert]') !== null")
     browser.wait("document.querySelector('#image img') === null")
     show(browser, image)

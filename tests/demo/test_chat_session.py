@@ -24,7 +24,7 @@ LIMITS = Limits()
 def test_an_answer_at_another_resolution(model, processor):
     assistant = Assistant(model, processor)
     turn = [user_turn("What?", [make_image()])]
-    tokens = {side: assistant.answer(turn, max_new_tokens=1, images_kwargs={"size": side}) for side in (64, 192)}
+    tokens = {side: assistant.with_image_options(size=side).answer(turn, max_new_tokens=1) for side in (64, 192)}
     assert {side: answer.visual_tokens for side, answer in tokens.items()} == {64: 1, 192: 9}
     assert assistant.answer(turn, max_new_tokens=1).visual_tokens == 4
 
@@ -133,7 +133,7 @@ def test_the_system_message_is_the_one_given(tmp_path, image):
         ({"question": " \n "}, "no question yet"),
         ({"question": None}, "no question yet"),
         ({"question": "x" * 4001}, "4001 characters, and 4000"),
-        ({"preset": "9999 px"}, "no resolution '9999 px'"),
+        ({"preset": "9999 px"}, "Unknown resolution '9999 px'"),
         ({"tokens": 0}, "choose 1 to 1024"),
         ({"tokens": 10_000}, "choose 1 to 1024"),
         ({"heat": 9.0}, "choose 0 to 2"),

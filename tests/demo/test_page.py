@@ -158,7 +158,7 @@ def test_bad_input_is_answered_clearly_and_the_next_question_works(client, image
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     for arguments, message in [
         ((None,), "There is no image yet"),
-        ((str(tmp_path / "text.jpg"),), "no image that can be read"),
+        ((str(tmp_path / "text.jpg"),), "not an image that can be read"),
         ((str(tmp_path / "broken.jpg"),), "damaged or incomplete"),
         ((str(tmp_path / "bomb.png"),), "too large"),
         ((image, "  "), "no question yet"),
@@ -183,7 +183,7 @@ def test_a_fault_of_the_program_is_told_without_its_details(client, image, caplo
 def test_a_broken_image_is_told_as_soon_as_it_is_dropped(client, tmp_path):
     (tmp_path / "text.jpg").write_text("no image at all")
     image, messages, status = client.predict(gradio_client.handle_file(str(tmp_path / "text.jpg")), api_name="/look")
-    assert messages == [] and "no image that can be read" in status and "role='alert'" in status
+    assert messages == [] and "not an image that can be read" in status and "role='alert'" in status
     assert not image or image.get("value") is None
 
 

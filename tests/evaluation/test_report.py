@@ -320,7 +320,7 @@ def test_every_key_that_a_page_needs_is_looked_at(edited, reported):
         (lambda one: _without(one, "ocr_tokens"), "ocr_tokens is missing; expected true or false"),
         (lambda one: {**one, "score": "65"}, "score is '65'; expected a finite number"),
         (lambda one: {**one, "counts": {}}, "counts.left_out is missing; expected a number of samples"),
-        (lambda one: {**one, "images": {"mode": "<b>"}}, "images.mode is '<b>'; expected pad, native or"),
+        (lambda one: {**one, "images": {"mode": "<b>"}}, "images.mode is '<b>'; expected one of pad, native"),
     ],
 )
 def test_an_edited_record_is_refused_by_its_key(edited, change, said):

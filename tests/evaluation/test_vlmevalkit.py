@@ -83,7 +83,11 @@ def convllava(kit, checkpoint):
 def answer(checkpoint):
     """What the model answers without VLMEvalKit."""
     assistant = load(checkpoint, device="cpu", dtype="float32")
-    return lambda *turns, **options: assistant.answer(list(turns), max_new_tokens=8, **options).text.strip()
+
+    def answer(*turns, **image_options):
+        return assistant.with_image_options(**image_options).answer(list(turns), max_new_tokens=8).text.strip()
+
+    return answer
 
 
 def test_messages_are_answered_in_their_order(convllava, answer, paths, images):
@@ -121,7 +125,7 @@ def test_multiple_choice_is_asked_for_a_letter(convllava, answer, paths, images)
 def test_the_size_of_images_is_followed(kit, checkpoint, answer, paths, images):
     small = kit.ConvLlava(str(checkpoint), max_new_tokens=8, device="cpu", dtype="float32", image_options={"size": 64})
     turn = user_turn("What is this?", images[:1])
-    assert small.generate([paths[0], "What is this?"]) == answer(turn, images_kwargs={"size": 64}) != answer(turn)
+    assert small.generate([paths[0], "What is this?"]) == answer(turn, size=64) != answer(turn)
 
 
 def test_what_is_no_image_is_refused(convllava, tmp_path):

@@ -12,14 +12,14 @@ from helpers.tiny_models import make_image
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import (
     Assistant,
-    _AnswerStream,
     assistant_turn,
     load,
     open_image,
     system_turn,
     user_turn,
 )
-from convllava_hf.loading import check_checkpoint, choose_device, choose_dtype
+from convllava_hf.inference.assistant import _AnswerStream
+from convllava_hf.inference.loading import check_checkpoint, choose_device, choose_dtype
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +196,14 @@ def test_folders_that_are_no_convllava_are_refused_by_name(tmp_path, golden):
         check_checkpoint(tmp_path)
     for broken in ("{", "[]", "\x00"):
         (tmp_path / "config.json").write_text(broken)
-        with pytest.raises(ConvLlavaError, match=r"config\.json' (is not valid JSON|holds no JSON object)"):
+        with pytest.raises(ConvLlavaError, match=r"config\.json (is not valid JSON|does not hold a JSON object)"):
             check_checkpoint(tmp_path)
 
 
 def test_ids_of_the_hub_are_looked_up_there(tmp_path, monkeypatch):
     """Offline, as the tests are, the lookup ends in a refusal that names the id; no network is touched."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConvLlavaError, match="no model of that id could be read from the Hub"):
+    with pytest.raises(ConvLlavaError, match="no model with that id could be read from the Hub"):
         check_checkpoint("nobody/no-such-convllava")
 
 

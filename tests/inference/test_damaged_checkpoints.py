@@ -138,6 +138,6 @@ def test_faults_of_the_program_are_not_blamed_on_the_files(checkpoint, monkeypat
     def broken(*args, **kwargs):
         raise NameError("name 'x' is not defined")
 
-    monkeypatch.setattr("convllava_hf.loading.ConvLlavaProcessor.from_pretrained", broken)
+    monkeypatch.setattr("convllava_hf.inference.loading.ConvLlavaProcessor.from_pretrained", broken)
     with pytest.raises(NameError):
         load(checkpoint)

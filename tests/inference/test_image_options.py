@@ -3,17 +3,19 @@
 import argparse
 import io
 import json
-import re
+from dataclasses import dataclass, replace
 
 import pytest
-from helpers.tiny_models import make_image, make_processor
+from helpers.tiny_models import make_image, make_model, make_processor
 
-from convllava_hf import cli
-from convllava_hf.cli import common
+from convllava_hf import cli, options
+from convllava_hf.boxes import frame_of_mode
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.image_options import IMAGE_OPTIONS, with_image_options
-from convllava_hf.modeling.configuration_convllava import IMAGE_ASPECT_RATIOS, PRESETS
+from convllava_hf.inference import Assistant, user_turn
+from convllava_hf.modeling.configuration_convllava import IMAGE_ASPECT_RATIOS, PRESETS, ImageSizing
 from convllava_hf.modeling.image_processing_convllava import IMAGE_ARGUMENTS, ConvLlavaImagesKwargs
+from convllava_hf.modeling.modeling_convllava import ConvLlavaForConditionalGeneration
+from convllava_hf.options import IMAGE_OPTIONS, with_image_options
 
 
 EXACT = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "4"]
@@ -46,15 +48,52 @@ def data(image):
 
 
 def test_commands_offer_what_there_is():
-    assert common.ASPECT_RATIOS == IMAGE_ASPECT_RATIOS
-    assert common.PRESETS == tuple(PRESETS)
-    tokens = [str(pixels // 64**2) for pixels in PRESETS.values()]
-    parser = argparse.ArgumentParser()
-    common.add_image_arguments(parser)
-    (told,) = [action.help for action in parser._actions if action.dest == "preset"]
-    assert re.findall(r"\d+", told) == tokens
-    assert set(IMAGE_OPTIONS) == {action.dest for action in parser._actions} - {"help"}
+    assert tuple(options.IMAGE_MODES) == IMAGE_ASPECT_RATIOS
+    assert options.PRESETS == {name: pixels // 64**2 for name, pixels in PRESETS.items()}
     assert set(IMAGE_OPTIONS) == set(IMAGE_ARGUMENTS) <= set(ConvLlavaImagesKwargs.__annotations__)
+
+
+def test_a_mode_added_to_the_definition_is_offered_and_described_everywhere(monkeypatch):
+    """In commands, recipes, records of runs, the page and the card; what it does is the image processor's business."""
+    from convllava_hf.demo.presets import presets
+    from convllava_hf.evaluation.evaluation_record import images_text
+    from convllava_hf.publish.metadata import _sees
+
+    monkeypatch.setattr("convllava_hf.modeling.configuration_convllava.IMAGE_ASPECT_RATIOS", ("pad", "stretch"))
+    stretch = replace(
+        options.IMAGE_MODES["pad"],
+        square=False,
+        record_text="stretched to {size} px",
+        page_text="stretched · {tokens}",
+        card_text="stretched to {size} pixels",
+    )
+    monkeypatch.setitem(options.IMAGE_MODES, "stretch", stretch)
+    sizes = ImageSizing("stretch", 128, 64)
+    assert images_text(options.sizing_record(sizes)) == "stretched to 128 px"
+    assert _sees(sizes) == "stretched to 128 pixels"
+    assert frame_of_mode("stretch") == "image"
+    processor = with_image_options(make_processor(), {"image_aspect_ratio": "stretch"}).image_processor
+    assert next(iter(presets(processor))) == "stretched · 4 visual tokens"
+
+
+def test_an_option_is_one_field(monkeypatch):
+    """Of a dataclass; its flag is offered, its value reaches `generate`, and what is not given is not handed on."""
+
+    @dataclass
+    class More(options.GenerationOptions):
+        top_p: float | None = options._option(None, "draw from the likeliest tokens", type=float)
+
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, More)
+    args = parser.parse_args(["--top-p", "0.5"])
+    assert options.options_from(args, More) == {"max_new_tokens": 512, "temperature": 0.0, "top_p": 0.5}
+    assert "top_p" not in options.options_from(parser.parse_args([]), More)
+    seen = {}
+    assistant = Assistant(make_model(), make_processor())
+    generate = assistant.model.generate
+    monkeypatch.setattr(assistant.model, "generate", lambda **given: seen.update(given) or generate(**given))
+    assistant.answer([user_turn("What?")], max_new_tokens=1, temperature=1.0, top_p=0.5)
+    assert seen["top_p"] == 0.5 and seen["temperature"] == 1.0
 
 
 @pytest.mark.parametrize("way, tokens", WAYS.items())
@@ -96,7 +135,9 @@ def test_a_chat_looks_at_all_its_images_alike(checkpoint, image, capsys, monkeyp
 def test_what_cannot_work_is_said_before_the_model_is_loaded(
     way, message, checkpoint, image, data, capsys, monkeypatch
 ):
-    monkeypatch.setattr("convllava_hf.inference.load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        ConvLlavaForConditionalGeneration, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights were read")
+    )
     for argv in (
         ["ask", str(checkpoint), str(image), "What?"],
         ["chat", str(checkpoint)],
@@ -105,12 +146,12 @@ def test_what_cannot_work_is_said_before_the_model_is_loaded(
     ):
         assert cli.main([*argv, *way.split()]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("convllava: error: Images cannot be looked at like this.") and message in error
+        assert error.startswith("convllava: error: These image options cannot be used: ") and message in error
 
 
 def test_without_a_model_there_is_nothing_to_look(data, capsys):
     assert cli.main(["data", "check", str(data), "--preset", "tiny"]) == 2
-    assert "preset say how a model sees images: name a model" in capsys.readouterr().err
+    assert "preset set how a model sees images: name a model" in capsys.readouterr().err
 
 
 def test_a_processor_is_not_changed_but_made_anew():

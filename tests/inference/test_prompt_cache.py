@@ -7,11 +7,10 @@ import pytest
 import torch
 from helpers.tiny_models import make_config, make_image, make_model, make_processor
 
-from convllava_hf import prompt_cache
 from convllava_hf.cli.chat import Chat
 from convllava_hf.cli.common import add_generation_arguments, add_image_arguments
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.inference import Assistant, assistant_turn, system_turn, user_turn
+from convllava_hf.inference import Assistant, assistant_turn, prompt_cache, system_turn, user_turn
 
 
 class Watched:
@@ -22,13 +21,13 @@ class Watched:
         self.caching = self.plain.with_prompt_cache()
         self.encoded: list[int] = []  # images a call
 
-    def answer(self, messages, **options):
-        expected = self.plain.answer(messages, max_new_tokens=8, **options)
+    def answer(self, messages, **image_options):
+        expected = self.plain.with_image_options(**image_options).answer(messages, max_new_tokens=8)
         handle = self.plain.model.vision_tower.register_forward_hook(
             lambda module, args, output: self.encoded.append(len(output.last_hidden_state))
         )
         try:
-            answer = self.caching.answer(messages, max_new_tokens=8, **options)
+            answer = self.caching.with_image_options(**image_options).answer(messages, max_new_tokens=8)
         finally:
             handle.remove()
         assert answer.token_ids == expected.token_ids
@@ -89,9 +88,9 @@ def test_palettes_and_orientation_belong_to_an_image(watched):
 
 def test_the_same_image_at_another_resolution(watched):
     turn = [user_turn("What?", [make_image()])]
-    assert watched.answer(turn, images_kwargs={"size": 64}).visual_tokens == 1
+    assert watched.answer(turn, size=64).visual_tokens == 1
     assert watched.answer(turn).visual_tokens == 4
-    assert watched.answer(turn, images_kwargs={"size": 64}).visual_tokens == 1
+    assert watched.answer(turn, size=64).visual_tokens == 1
     assert len(watched.encoded) == 2
 
 

@@ -22,7 +22,7 @@ from convllava_hf import cli  # noqa: E402
 from convllava_hf.convert import assemble  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.inference import load, user_turn  # noqa: E402
-from convllava_hf.trust import foreign_code  # noqa: E402
+from convllava_hf.inference.trust import foreign_code  # noqa: E402
 
 
 ANSWER = ["--max-new-tokens", "1", "--device", "cpu", "--dtype", "float32"]

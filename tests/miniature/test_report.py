@@ -436,7 +436,7 @@ def test_a_failed_write_leaves_what_was_there(results, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("convllava_hf.atomic.os.replace", fail)
+    monkeypatch.setattr("convllava_hf.utils.atomic.os.replace", fail)
     results["seed"] = 6
     with pytest.raises(OSError, match="disk full"):
         write_report(results, tmp_path)

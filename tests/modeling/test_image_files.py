@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from convllava_hf import ConvLlavaImageProcessor
 from convllava_hf.cli import main
-from convllava_hf.data.image_files import examine, stored_size
+from convllava_hf.data.image_files import examine, stored_size, upright_size
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import open_image
 from convllava_hf.modeling.image_processing_convllava import ImageError
@@ -199,6 +199,21 @@ def test_broken_exif_hides_no_image(content, turns, tmp_path):
     assert found.kind is None and found.size == stored_size(row) == (expected.height, expected.width)
     (tmp_path / "photo.jpg").write_bytes(content)
     assert open_image(tmp_path / "photo.jpg").size == expected.size
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_upright_size_is_that_of_the_image_turned_by_pil(kind, orientation, loaded):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    make_image(20, 30).save(buffer, kind, exif=exif)
+    width, height = ImageOps.exif_transpose(Image.open(buffer)).size
+    with Image.open(buffer) as image:
+        if loaded:
+            image.load()
+        assert upright_size(image) == (height, width)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from convllava_hf import ConvLlavaImageProcessor
 from convllava_hf.data.image_files import examine
-from convllava_hf.prompt_cache import _key
+from convllava_hf.inference.prompt_cache import _key
 
 
 PROCESSOR = ConvLlavaImageProcessor(size=128)

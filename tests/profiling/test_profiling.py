@@ -132,8 +132,8 @@ def test_mistakes_are_refused(options, message, capsys):
 
 def test_each_way_gets_a_tower_of_its_own():
     """What one replaces, the next must not find."""
+    from convllava_hf.inference.vision_backends import _layers
     from convllava_hf.profiling.vision_tower import copy_of
-    from convllava_hf.vision_backends import _layers
 
     tower = built(lambda: ConvLlavaVisionTower(tower_config(tiny=True)), CPU, torch.float32)
     other = copy_of(tower)

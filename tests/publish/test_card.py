@@ -94,7 +94,7 @@ def test_the_models_own_figures(staged, model):
         (
             {"image_aspect_ratio": "shortest_edge"},
             "at\na shorter side of 128 pixels, in up to 32 visual tokens, since",
-            "shorter side becomes 128 pixels.*\ncost one token, 32 at most",
+            "shorter side becomes 128 pixels.* 32 at most",
         ),
     ],
 )

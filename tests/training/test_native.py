@@ -220,8 +220,10 @@ def test_shapes_must_be_known_before_the_first_step(values, message, tmp_path):
 
 def test_images_that_cannot_be_are_refused_before_the_model_is_loaded(start, tmp_path, monkeypatch):
     monkeypatch.setattr("convllava_hf.train._load_model", lambda *args: pytest.fail("the model was loaded"))
-    with pytest.raises(ConvLlavaError, match="preset is 'huge', expected one of tiny"):
+    with pytest.raises(ConvLlavaError, match="preset: invalid choice: 'huge' .choose from '?tiny"):
         run(STAGE_2, start, tmp_path / "out", preset="huge", max_steps=1)
+    with pytest.raises(ConvLlavaError, match="preset='tiny' stands for .* leave one of them out"):
+        run(STAGE_2, start, tmp_path / "out", preset="tiny", max_pixels=90_000, max_steps=1)
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ REFUSED = [
     ({"model_name_or_path": "no/such/folder"}, "There is no folder 'no/such/folder'"),
     ({"model_name_or_path": "checkpoints/sft"}, "There is no folder 'checkpoints/sft'"),
     ({"model_name_or_path": str(GOLDEN / "checkpoint-stage3")}, "convllava convert"),
-    ({"model_name_or_path": str(GOLDEN)}, "holds no config.json"),
+    ({"model_name_or_path": str(GOLDEN)}, "has no config.json"),
     ({"model_name_or_path": str(GOLDEN / "conversations.json")}, "is a file"),
     ({"model_name_or_path": 7}, "expected text"),
     ({"report_to": "wandbb"}, "report_to is 'wandbb'"),

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from convllava_hf import atomic
-from convllava_hf.atomic import (
+from convllava_hf.errors import ConvLlavaError
+from convllava_hf.utils import atomic
+from convllava_hf.utils.atomic import (
     BusyError,
     check_destination,
     discard_folder,
@@ -23,14 +24,13 @@ from convllava_hf.atomic import (
     temporary_folder,
     write_atomic,
 )
-from convllava_hf.errors import ConvLlavaError
 
 
 # A child that replaces the folder OUT and is killed the moment it calls the function NAME of `os`, before or after.
 _KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from convllava_hf import atomic
+from convllava_hf.utils import atomic
 
 out, point, exchange = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "exchange"
 if not exchange:
@@ -68,7 +68,7 @@ with atomic.replacing_folder(out) as folder:
 _IMPORT = f"""
 import sys, types
 package = types.ModuleType("convllava_hf")
-package.__path__ = [{str(Path(atomic.__file__).parent)!r}]
+package.__path__ = [{str(Path(atomic.__file__).parents[1])!r}]
 sys.modules["convllava_hf"] = package
 """
 
@@ -206,7 +206,7 @@ def test_many_at_once_never_lose_the_folder(places):
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ConvLlavaError, match="was made by another program"), replacing_folder(out) as folder:
+    with pytest.raises(ConvLlavaError, match="Another program has created"), replacing_folder(out) as folder:
         (folder / "config.json").write_text("new")
         old_folder(out)
     assert (out / "config.json").read_text() == "old"
@@ -224,7 +224,7 @@ def test_long_names_have_room_for_what_is_added(tmp_path):
 def test_discarding_is_one_step(tmp_path):
     out = old_folder(tmp_path / "out")
     code = (
-        "import os, shutil, signal, sys; from pathlib import Path; from convllava_hf import atomic\n"
+        "import os, shutil, signal, sys; from pathlib import Path; from convllava_hf.utils import atomic\n"
         "shutil.rmtree = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "atomic.discard_folder(Path(sys.argv[1]))"
     )
@@ -240,7 +240,7 @@ def test_discarding_is_one_step(tmp_path):
 def test_a_file_is_whole_and_leftovers_of_the_dead_are_cleared(tmp_path):
     path = write_atomic(tmp_path / "record.json", b"old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from convllava_hf import atomic\n"
+        "import os, signal, sys; from pathlib import Path; from convllava_hf.utils import atomic\n"
         "os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n"
         "atomic.write_atomic(Path(sys.argv[1]), b'new')"
     )
@@ -264,7 +264,7 @@ def test_writing_a_file_keeps_links_and_refuses_what_is_no_file(tmp_path):
 def test_temporary_folders_of_the_dead_are_cleared_and_those_of_the_living_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
-        "import os, signal, sys, tempfile; from convllava_hf import atomic; tempfile.tempdir = sys.argv[1]\n"
+        "import os, signal, sys, tempfile; from convllava_hf.utils import atomic; tempfile.tempdir = sys.argv[1]\n"
         "with atomic.temporary_folder('convllava-test-') as folder: os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed(tmp_path, code=code)

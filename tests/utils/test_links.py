@@ -11,9 +11,9 @@ from helpers.tiny_models import make_language_model, make_tower
 
 from convllava_hf.convert import assemble, convert_checkpoint
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.links import check_links
 from convllava_hf.publish import About, push
 from convllava_hf.publish.staging import INDEX, stage
+from convllava_hf.utils.links import check_links
 
 
 SECRET = "my pin is 1234"
@@ -115,7 +115,7 @@ def test_what_is_no_file_is_refused_without_being_opened(cloned, tmp_path, kind,
         path.symlink_to("texts")
     else:
         path.symlink_to("LICENSE" if kind == "loop" else "missing.txt")
-    said = kind if kind.startswith("a ") else "leads nowhere"
+    said = kind if kind.startswith("a ") else "a broken link"
     with pytest.raises(ConvLlavaError, match=f"LICENSE in .*{said}"):
         push(cloned, "user/model", about=About(license="mit"), dry_run=True)
 

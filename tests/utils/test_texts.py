@@ -11,7 +11,7 @@ from convllava_hf import cli
 from convllava_hf.cli import chat
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import assistant_turn, system_turn, user_turn
-from convllava_hf.texts import check_text, shown, storable, text_error
+from convllava_hf.utils.texts import check_text, shown, storable, text_error
 
 
 EMOJI = "\N{GRINNING FACE}"
@@ -84,11 +84,11 @@ def test_chat_goes_on_after_a_line_that_is_not_utf8(checkpoint, capsys, monkeypa
             asked.append(messages[-1]["content"][0]["text"])
             return SimpleNamespace(text="It.")
 
-    monkeypatch.setattr(chat, "load_assistant", lambda args, checkpoint: Assistant())
+    monkeypatch.setattr(chat, "load_assistant", lambda args: Assistant())
     typed = b"What?\ncaf\xe9?\n/image caf\xe9.png\n/caf\xe9\n" + f"{EMOJI}?\n".encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     assert cli.main(["chat", str(checkpoint)]) == 0
     assert asked == ["What?", f"{EMOJI}?"]
     question, image, command = capsys.readouterr().err.splitlines()
     assert "The question has half a surrogate pair (\\udce9) at character 3" in question
-    assert "There is no image" in image and "There is no command" in command
+    assert "There is no image" in image and "Unknown command" in command

@@ -12,11 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import ConvLlavaError, first_line
-from ..interrupts import cleanup_on_signals
-from ..logging_utils import quiet_imports
-from ..texts import check_text
+from ..options import shortened
+from ..utils.interrupts import cleanup_on_signals
+from ..utils.logging_utils import quiet_imports
+from ..utils.texts import check_text
 from . import ask, assemble, chat, convert, data, demo, eval, profile, push, quickstart, train
-from .common import shortened
 
 
 COMMANDS = (quickstart, convert, assemble, ask, chat, demo, data, train, eval, push, profile)
@@ -24,11 +24,11 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _LONGEST_MESSAGE = 2000  # characters
 
-# What the person at the keyboard can mend. Every other exception is a fault of this program and keeps its traceback.
+# What the user can fix. Every other exception is a bug in this program and keeps its traceback.
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP}
-# What Python and torch say by a RuntimeError though it is no fault of a program: too little memory, a path such as
-# ~nobody/model, and links that lead in a circle (before Python 3.13).
+# What Python and torch raise as a RuntimeError although it is not a bug: too little memory, a path such as
+# ~nobody/model, and links in a loop (before Python 3.13).
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _NO_PLACE = ("Could not determine home directory", "Symlink loop")
 _MAY_BE_EMPTY = ("question", "system", "space", "example", "arguments")
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="convllava",
         description="Convert, assemble, ask, train, publish and measure ConvLLaVA models through transformers.",
     )
-    parser.set_defaults(registers=True)  # the model, before the command runs; false where the command sees to it
+    parser.set_defaults(registers=True)  # the model, before the command runs; false where the command does it itself
     parser.add_argument("--version", action="version", version=f"convllava {version('convllava-hf')}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(f"There is not enough memory for this. {first_line(error)}")
         if not str(error).startswith(_NO_PLACE):
             raise
-        return _complain(f"A path leads nowhere: {first_line(error)}")
+        return _complain(f"A path cannot be used: {first_line(error)}")
     except OSError as error:
         if not isinstance(error, _FILE_ERRORS) and error.errno not in _STORAGE_ERRNOS:
             raise
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_texts(args: argparse.Namespace) -> None:
-    """Refuses texts of the command line that are no texts, whatever they would be used for.
+    """Refuses arguments that no option can use.
 
     Raises:
         ConvLlavaError: one is empty, holds a NUL, or holds bytes that are not UTF-8.
@@ -95,7 +95,7 @@ def check_texts(args: argparse.Namespace) -> None:
                 raise ConvLlavaError(f"{shown}, which holds a NUL character: leave it out.")
             check_text(text, argument)
             if not text.strip() and name not in _MAY_BE_EMPTY:
-                raise ConvLlavaError(f"{shown}: it must not be empty. Leave it out, or say what is meant.")
+                raise ConvLlavaError(f"{shown}: it must not be empty. Leave it out, or give a value.")
 
 
 def _texts_in(value) -> Iterator[str]:

@@ -3,15 +3,9 @@
 import argparse
 import json
 
-from ..texts import storable
-from .common import (
-    MODEL_HELP,
-    add_generation_arguments,
-    add_image_arguments,
-    image_options,
-    load_assistant,
-    show,
-)
+from ..options import GenerationOptions, options_from
+from ..utils.texts import storable
+from .common import MODEL_HELP, add_generation_arguments, add_image_arguments, load_assistant, show
 
 
 def register(subparsers) -> None:
@@ -30,25 +24,15 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..convert.cache import converted_checkpoint
-    from ..image_options import check_image_options
     from ..inference import open_image, system_turn, user_turn
-    from ..loading import kind_of_checkpoint
+    from ..inference.loading import kind_of_checkpoint
 
     # All that can be refused is refused before the weights are read.
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     messages = [system_turn(args.system)] if args.system else []
     messages.append(user_turn(args.question, [open_image(args.image)]))
-    checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    check_image_options(checkpoint, image_options(args))
-    assistant = load_assistant(args, checkpoint)
-    answer = assistant.answer(
-        messages,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        on_text=None if args.json else show,
-        images_kwargs=image_options(args),
-    )
+    assistant = load_assistant(args)
+    answer = assistant.answer(messages, on_text=None if args.json else show, **options_from(args, GenerationOptions))
     if not args.json:
         print()
         return 0

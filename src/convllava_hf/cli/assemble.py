@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from .common import DTYPES, seed, side, whole_number
+from ..options import DTYPES, IMAGE_RANGES, whole_number
+from .common import seed
 
 
 def register(subparsers) -> None:
@@ -25,7 +26,7 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--resolution",
-        type=side,
+        type=whole_number(*IMAGE_RANGES["size"]),
         default=1536,
         metavar="PIXELS",
         help="side of the square that images are resized to (default: %(default)s)",

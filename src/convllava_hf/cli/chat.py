@@ -2,25 +2,20 @@
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 
 from ..errors import ConvLlavaError
-from ..texts import storable
-from .common import (
-    MODEL_HELP,
-    add_generation_arguments,
-    add_image_arguments,
-    image_options,
-    load_assistant,
-    show,
-)
+from ..options import GenerationOptions, options_from
+from ..utils.texts import storable
+from .common import MODEL_HELP, add_generation_arguments, add_image_arguments, load_assistant, show
 
 
 HELP = """\
 /image PATH  show the model an image (path or URL) with the next question
 /reset       forget the conversation and the images
-/help        say this
+/help        show this list
 /quit        leave (so does the end of the input)"""
 
 
@@ -40,16 +35,12 @@ def register(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..convert.cache import converted_checkpoint
-    from ..image_options import check_image_options
     from ..inference import open_image
-    from ..loading import kind_of_checkpoint
+    from ..inference.loading import kind_of_checkpoint
 
     kind_of_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
     images = [open_image(args.image)] if args.image else []
-    checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    check_image_options(checkpoint, image_options(args))
-    chat = Chat(load_assistant(args, checkpoint), args, images)
+    chat = Chat(load_assistant(args), args, images)
     for line in _lines():
         if not chat.take(line.strip()):
             break
@@ -72,7 +63,7 @@ class Chat:
         self.messages = [system_turn(self.args.system)] if self.args.system else []
 
     def take(self, line: str) -> bool:
-        """Act on one line of input; `False` when it ends the chat."""
+        """Acts on one line of input; `False` when it ends the chat."""
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return False
@@ -85,7 +76,7 @@ class Chat:
             elif command == "/help":
                 print(HELP)
             elif command.startswith("/"):
-                _say(f"There is no command {command}; /help lists them.")
+                _say(f"Unknown command {command}; /help lists the commands.")
             elif line:
                 self.ask(line)
         except ConvLlavaError as error:
@@ -100,21 +91,17 @@ class Chat:
         self.images.append(open_image(path))
 
     def ask(self, question: str) -> None:
-        """Stream the answer. A question that fails or is interrupted leaves the conversation as it was."""
+        """Streams the answer. A question that fails or is interrupted leaves the conversation as it was."""
         from ..inference import assistant_turn, user_turn
 
         turn = user_turn(question, self.images)
         try:
             answer = self.assistant.answer(
-                [*self.messages, turn],
-                max_new_tokens=self.args.max_new_tokens,
-                temperature=self.args.temperature,
-                on_text=show,
-                images_kwargs=image_options(self.args),
+                [*self.messages, turn], on_text=show, **options_from(self.args, GenerationOptions)
             )
         except KeyboardInterrupt:
             print()
-            raise ConvLlavaError("Interrupted: this question and its answer are forgotten.") from None
+            raise ConvLlavaError("Interrupted: this question and its answer are dropped.") from None
         print()
         self.messages += [turn, assistant_turn(answer.text)]
         self.images = []
@@ -127,8 +114,8 @@ def _lines() -> Iterator[str]:
         prompt = "> "
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits the line and remembers earlier ones)
-    if hasattr(sys.stdin, "reconfigure"):
-        # A line that is not UTF-8 is refused as a question is, and does not end the chat; a path may be of any bytes.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A line that is not UTF-8 is refused as a question is, and does not end the chat; a path may be any bytes.
         sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 
-from .common import DTYPES
+from ..options import DTYPES
 
 
 def register(subparsers) -> None:

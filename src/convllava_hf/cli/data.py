@@ -4,23 +4,22 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 
-from ..atomic import check_destination
+from ..options import MOST, ImageOptions, options_from, whole_number
+from ..utils.atomic import check_destination
+from ..utils.logging_utils import quiet_unless_tty
 from .common import (
-    MOST,
     add_image_arguments,
     add_trust_argument,
-    image_options,
     positive_int,
-    quiet_unless_tty,
-    whole_number,
 )
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "data",
-        help="check a data set, or look at a sample of it",
+        help="check a data set, or show a sample of it",
         description="Look at conversations with images before training on them.",
     )
     commands = parser.add_subparsers(title="commands", dest="data_command", metavar="COMMAND", required=True)
@@ -106,7 +105,7 @@ def run_check(args: argparse.Namespace) -> int:
     from ..data.checking import check_data
     from ..data.cleaning import CleanFile
 
-    _be_quiet()
+    quiet_unless_tty(with_datasets=find_spec("datasets") is not None)
     clean = None if args.write_clean is None else CleanFile(args.file, args.write_clean)
     report = check_data(
         args.file,
@@ -117,7 +116,7 @@ def run_check(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         workers=args.workers,
         examples=args.examples,
-        image_options=image_options(args),
+        image_options=options_from(args, ImageOptions),
         progress=sys.stderr.isatty(),
         trust_remote_code=args.trust_remote_code,
     )
@@ -130,17 +129,17 @@ def run_check(args: argparse.Namespace) -> int:
     else:
         print("\n".join(_table(args, told)))
         if clean is not None:
-            print(f"\nWrote {written:,} of {report.samples:,} samples to {_printable(args.write_clean)}")
+            print(f"\nWrote {written:,} of {report.samples:,} samples to {_printable(str(args.write_clean))}")
     return 0 if report.clean else 1
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     from ..data.inspecting import inspect_sample, save_images
 
-    _be_quiet()
+    quiet_unless_tty(with_datasets=find_spec("datasets") is not None)
     if args.save:
         check_destination(args.save, "--save")
-    options = image_options(args)
+    options = options_from(args, ImageOptions)
     seen = inspect_sample(
         args.file,
         args.images,
@@ -173,16 +172,6 @@ def run_inspect(args: argparse.Namespace) -> int:
     if not seen.images:
         print("\nNo images" + (": nothing was saved" if args.save else ""))
     return 0
-
-
-def _be_quiet() -> None:
-    quiet_unless_tty()
-    try:
-        import datasets
-    except ImportError:
-        return
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
 
 
 def _table(args: argparse.Namespace, report: dict) -> list[str]:
@@ -222,10 +211,10 @@ def _table(args: argparse.Namespace, report: dict) -> list[str]:
 
 
 def _about_boxes(boxes: dict) -> list[str]:
-    """What the boxes look like, and what is to be done about it."""
+    """What the boxes look like, and what to do about it."""
     looks = {"square": "fractions of the padded square", "image": "fractions of the image"}.get(boxes["looks_like"])
     if looks is None:
-        lines = ["Whether the boxes are fractions of the padded square or of the image cannot be told from them."]
+        lines = ["The boxes themselves do not show whether they are fractions of the padded square or of the image."]
     else:
         lines = [f"The boxes look like {looks}."]
     if boxes["unclear"]:

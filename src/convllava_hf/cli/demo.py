@@ -4,14 +4,9 @@ import argparse
 import socket
 
 from ..errors import ConvLlavaError
-from .common import (
-    MODEL_HELP,
-    add_generation_arguments,
-    quiet_unless_tty,
-    set_verbosity_error,
-    shortened,
-    whole_number,
-)
+from ..options import GenerationOptions, LoadingOptions, options_from, shortened, whole_number
+from ..utils.logging_utils import quiet_unless_tty, set_verbosity_error
+from .common import MODEL_HELP, add_generation_arguments
 
 
 def register(subparsers) -> None:
@@ -53,21 +48,16 @@ def run(args: argparse.Namespace) -> int:
     _check_host(args.host)
     quiet_unless_tty()
     set_verbosity_error()
-    longest = max(Limits.answer_tokens, args.max_new_tokens)  # visitors may choose as much as who shows the page does
+    longest = max(Limits.answer_tokens, args.max_new_tokens)  # visitors may choose as much as the command line does
     limits = Limits(queue=args.queue, upload_bytes=args.max_upload * 2**20, answer_tokens=longest)
     serve(
         args.model,
         host=args.host,
         port=args.port,
         limits=limits,
-        max_new_tokens=args.max_new_tokens,
-        temperature=min(args.temperature, limits.temperature),
         system=args.system,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        vision_backend=args.vision_backend,
-        trust_remote_code=args.trust_remote_code,
+        generation={**options_from(args, GenerationOptions), "temperature": min(args.temperature, limits.temperature)},
+        **options_from(args, LoadingOptions),
         open_browser=args.open,
         on_ready=lambda url: print(f"The page of {args.model}: {url}\nCtrl-C ends it.", flush=True),
     )
@@ -75,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_host(host: str) -> None:
-    """Refuses a name that is no address of this machine's networks, before the model is loaded."""
+    """Refuses a name that does not resolve to an address, before the model is loaded."""
     try:
         socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
         raise ConvLlavaError(
-            f"--host is {shortened(host)}, which is no address: 127.0.0.1 shows the page on this machine only, and "
-            "0.0.0.0 lets other machines in."
+            f"--host is {shortened(host)}, which is not an address: 127.0.0.1 shows the page on this machine only, "
+            "and 0.0.0.0 lets other machines in."
         ) from error

@@ -2,20 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import ConvLlavaError
-from .common import (
-    MODEL_HELP,
-    MOST,
-    add_image_arguments,
-    add_loading_arguments,
-    image_options,
-    load_assistant,
-    positive_int,
-    whole_number,
-)
+from ..options import MOST, ImageOptions, LoadingOptions, add_options, options_from, whole_number
+from ..utils.logging_utils import quiet_unless_tty, set_verbosity_error
+from .common import MODEL_HELP, add_image_arguments, load_assistant, positive_int
 
 
 _NEEDED = ("datasets", "rapidfuzz", "scipy")
@@ -25,7 +19,7 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="measure a model on benchmarks, or compare two runs",
-        description="Measure a model on benchmarks. A run that was interrupted goes on by the same command. Several "
+        description="Measure a model on benchmarks. The same command resumes an interrupted run. On several "
         "devices: accelerate launch -m convllava_hf eval ...",
         allow_abbrev=False,
     )
@@ -38,11 +32,11 @@ def register(subparsers) -> None:
         metavar="PATH_OR_ID",
         help="the data set: parquet, a folder of it, or an id; once for each benchmark (default: the benchmark's id)",
     )
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="ask the first N samples alone")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="ask only the first N samples")
     parser.add_argument(
         "--output", default="evaluation", metavar="DIR", help="folder of the runs (default: %(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew where there is a run already")
+    parser.add_argument("--overwrite", action="store_true", help="start over if the folder holds a run already")
     parser.add_argument("--report", action="store_true", help="also write DIR/report.html")
     _add_settings(parser.add_argument_group("how it is asked"))
     add_image_arguments(parser)
@@ -75,7 +69,7 @@ def _add_settings(group) -> None:
     group.add_argument(
         "--batch-size", type=whole_number(1, 65536), default=8, metavar="N", help="(default: %(default)s)"
     )
-    add_loading_arguments(group)
+    add_options(group, LoadingOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,12 +100,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     import torch
 
-    from ..atomic import check_destination
     from ..convert.cache import converted_checkpoint
     from ..evaluation.benchmarks import find_benchmark
     from ..evaluation.run_settings import Model, Settings
     from ..evaluation.runner import evaluate, join_processes
-    from ..loading import choose_device, choose_dtype, load_processor
+    from ..inference.loading import choose_device, choose_dtype, load_processor
+    from ..utils.atomic import check_destination
 
     names = [name.strip() for name in args.benchmark.split(",")]
     if not all(names):
@@ -122,13 +116,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     if check_destination(args.output, "--output").is_file():
         raise ConvLlavaError(f"--output is {args.output!r}, which is a file: name a folder.")
     data = _data_of_each(args.data, [benchmark.name for benchmark in benchmarks])
+    image_options = options_from(args, ImageOptions)
     settings = Settings(
-        args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, image_options(args)
+        args.choice, args.ocr_tokens, args.split, args.config, args.limit, args.batch_size, image_options
     )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    _be_quiet()
-    checkpoint = converted_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
-    processor = load_processor(checkpoint, trust_remote_code=args.trust_remote_code)
+    quiet_unless_tty(with_datasets=True)
+    set_verbosity_error()
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    checkpoint = converted_checkpoint(args.model, **trusted)
+    processor = load_processor(checkpoint, **trusted, image_options=image_options)
     state = join_processes(args.device)
     if args.device is None and state.num_processes > 1:
         args.device = str(state.device)
@@ -165,18 +162,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _be_quiet() -> None:
-    import datasets
-
-    from .common import quiet_unless_tty, set_verbosity_error
-
-    quiet_unless_tty()
-    set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-
-def _data_of_each(data: list[str], names: list[str]) -> list[str | None]:
+def _data_of_each(data: list[str], names: list[str]) -> Sequence[str | None]:
     """The data set of each benchmark: one for each, or one folder that has a folder for each."""
     if len(data) == len(names):
         return list(data)

@@ -3,23 +3,20 @@
 import argparse
 import re
 
-from .common import (
-    DTYPES,
-    LONGEST_SIDE,
-    MODEL_HELP,
-    VISION_BACKENDS,
-    add_trust_argument,
-    quiet_unless_tty,
-    shortened,
-    whole_number,
-)
+from ..options import LONGEST_SIDE, VISION_BACKENDS, LoadingOptions, add_options, options_from, shortened, whole_number
+from ..utils.logging_utils import quiet_unless_tty
+from .common import MODEL_HELP
+
+
+# Of the options of loading; several ways to run the tower are compared.
+_LOADING = ("device", "dtype", "quantization", "trust_remote_code")
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "profile",
         help="measure how fast a model is on this machine",
-        description="Measure a model on this machine: its vision tower beside the machine's rate of matrix products, "
+        description="Measure a model on this machine: its vision tower against the machine's rate of matrix products, "
         "the time to the first token and tokens a second, and preprocessing. Prints tables in Markdown.",
     )
     parser.add_argument(
@@ -40,7 +37,7 @@ def register(subparsers) -> None:
         "--vision-backend",
         nargs="+",
         choices=VISION_BACKENDS,
-        help="ways to run the tower, to be compared (default: fused on a CPU with bfloat16, else eager)",
+        help="ways to run the tower that are compared (default: fused on a CPU with bfloat16, else eager)",
     )
     parser.add_argument(
         "--text",
@@ -60,19 +57,16 @@ def register(subparsers) -> None:
         type=whole_number(1, 100_000),
         default=16,
         metavar="N",
-        help="of an answer (default: %(default)s)",
+        help="tokens of an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats",
         type=whole_number(1, 10_000),
         default=3,
         metavar="N",
-        help="of which medians are taken (default: %(default)s)",
+        help="runs over which medians are taken (default: %(default)s)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as in `convllava ask`")
-    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="of a checkpoint's language model")
-    add_trust_argument(parser)
+    add_options(parser, LoadingOptions, _LOADING)
     parser.add_argument("--output", metavar="FILE", help="also write all figures as JSON")
     parser.set_defaults(run=run)
 
@@ -82,7 +76,7 @@ def size(text: str) -> tuple[int, int]:
     sides = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(1 <= side <= LONGEST_SIDE for side in sides):
         raise argparse.ArgumentTypeError(
-            f"{shortened(text)} is no size such as 1536x1088 (height x width), with sides up to {LONGEST_SIDE}"
+            f"{shortened(text)} is not a size such as 1536x1088 (height x width) with sides up to {LONGEST_SIDE}"
         )
     return sides
 
@@ -106,10 +100,7 @@ def run(args: argparse.Namespace) -> int:
             new_tokens=args.new_tokens,
             repeats=args.repeats,
             batch=args.batch,
-            device=args.device,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            trust_remote_code=args.trust_remote_code,
+            **options_from(args, LoadingOptions, _LOADING),
         )
     except ValueError as error:  # a size that the tower cannot take
         raise ConvLlavaError(str(error)) from error

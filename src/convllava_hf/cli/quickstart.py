@@ -1,4 +1,4 @@
-"""`convllava quickstart`: a miniature ConvLLaVA, made, trained and judged on the spot."""
+"""`convllava quickstart`: makes, trains and evaluates a miniature ConvLLaVA."""
 
 import argparse
 import shlex
@@ -6,18 +6,18 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..atomic import check_destination
 from ..errors import ConvLlavaError
+from ..utils.atomic import check_destination
 from .common import require_training, seed
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="make, train and judge a miniature ConvLLaVA, in minutes on any machine",
+        help="make, train and evaluate a miniature ConvLLaVA, in minutes on any machine",
         description="Draw a world of colored shapes and signs; train a small tower and a small language model in it, "
         "join them, and train them in the paper's three stages; then ask the model about scenes that it has not seen. "
-        "Nothing is downloaded. A run that was interrupted goes on.",
+        "Nothing is downloaded. The same command resumes an interrupted run.",
     )
     parser.add_argument(
         "--output",
@@ -94,7 +94,7 @@ def _run_ablations(output: Path, seed: int) -> int:
 
 
 def _announce(what: str, output: Path) -> None:
-    print(f"{what}, into {output}. Ctrl-C stops it; the same command goes on.", flush=True)
+    print(f"{what}, into {output}. Ctrl-C stops it; the same command resumes it.", flush=True)
 
 
 def _next_commands(folder: Path, results: dict) -> list[str]:

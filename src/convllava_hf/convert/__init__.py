@@ -3,6 +3,13 @@
 Nothing heavy is imported before one of the two functions is asked for.
 """
 
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .assembly import assemble
+    from .checkpoint import convert_checkpoint
+
 __all__ = ["assemble", "convert_checkpoint"]
 
 

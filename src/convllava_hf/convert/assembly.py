@@ -9,11 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from ..errors import ConvLlavaError, first_line
+from ..inference.trust import check_code, foreign_code
 from ..modeling.configuration_convllava import tower_stride, visual_token_grid
 from ..training_record import write_record
-from ..trust import check_code, foreign_code
+from ..utils.json_files import read_json_object
 from . import layout
-from .checkpoint_files import Weights, locate, read_json
+from .checkpoint_files import Weights, locate
 from .keys import PROJECTOR, SAME_TABLE, TOWER, Table, language_model_table
 from .templates import read_template, template_with_images
 from .tokenizers import IMAGE_TOKEN, add_image_token, load_original_tokenizer, prefix_after
@@ -177,7 +178,7 @@ def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
 
 def _read_config(folder: Path) -> tuple[PretrainedConfig, PreTrainedModel, PreTrainedModel]:
     """A causal language model's config, and its classes with and without a head, without weights."""
-    check_code(str(folder), read_json(folder / "config.json", _WHAT), never=True)
+    check_code(str(folder), read_json_object(folder / "config.json", _WHAT), never=True)
     try:
         config = AutoConfig.from_pretrained(folder, **_NO_CODE)
         with torch.device("meta"):

@@ -22,7 +22,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import ConvLlavaError, first_line
-from ..loading import ORIGINAL, kind_of_checkpoint
+from ..inference.loading import ORIGINAL, kind_of_checkpoint
 from ..training_record import read_record
 
 

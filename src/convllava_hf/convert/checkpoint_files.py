@@ -1,7 +1,6 @@
 """Finding checkpoints and reading them tensor by tensor."""
 
 import contextlib
-import json
 import os
 import pickle
 import re
@@ -14,7 +13,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConvLlavaError, first_line
-from ..links import check_links
+from ..utils.json_files import read_json_object
+from ..utils.links import check_links
+from ..utils.repo_ids import is_repo_id
 from .writing import SAFETENSORS_DTYPES
 
 
@@ -25,7 +26,6 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"(?!\.)[^/\\:\x00-\x1f]+\.(?:safetensors|bin)")
 # What is small in a repository; its weights are downloaded by name, and only those that are read.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -59,7 +59,7 @@ def locate(
         return path
     if os.path.exists(path):
         raise ConvLlavaError(f"{what}: {path} is a file; expected the folder of a checkpoint or an id on the Hub.")
-    if not _HUB_ID.fullmatch(str(reference)):
+    if not is_repo_id(str(reference), needs_owner=False):
         raise UnreachableError(f"{what}: there is no folder {path}. Give an existing folder or an id on the Hub.")
     try:
         folder = Path(snapshot_download(str(reference), allow_patterns=list(files)))
@@ -109,23 +109,6 @@ def _download_weights(repository: str, folder: Path, inner: str, what: str) -> N
 
 def _not_downloaded(repository: str, name: str, what: str, error: BaseException) -> str:
     return f"{what}: {repository} has {name}, but the weights cannot be downloaded: {first_line(error)}. Try again."
-
-
-def read_json(path: Path, what: str) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ConvLlavaError: the file is missing or does not hold a JSON object.
-    """
-    if not path.is_file():
-        raise ConvLlavaError(f"{what}: {path} is {'not a regular file' if path.exists() else 'missing'}.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvLlavaError(f"{what}: {path} is not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise ConvLlavaError(f"{what}: {path} does not hold a JSON object.")
-    return value
 
 
 class Weights:
@@ -196,7 +179,7 @@ def _weight_map(index: Path, what: str) -> dict[str, str]:
     Raises:
         ConvLlavaError: there is no map, or it names files that are not next to it.
     """
-    weight_map = read_json(index, what).get("weight_map")
+    weight_map = read_json_object(index, what).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvLlavaError(f"{what}: {index} has no weight_map.")
     for file in weight_map.values():

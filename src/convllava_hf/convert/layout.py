@@ -19,7 +19,7 @@ from ..registration import (
     ConvLlavaImageProcessor,
     ConvLlavaProcessor,
 )
-from .checkpoint_files import read_json
+from ..utils.json_files import read_json_object
 from .keys import HEAD, Table, plan_renaming
 from .tokenizers import IMAGE_TOKEN, make_portable
 from .writing import ShardWriter
@@ -102,7 +102,7 @@ def new_generation_config(folder: Path, text_config, tokenizer, vocab_size: int)
     Rows that pad the vocabulary, and the image's, are never trained towards, so generation must not choose them.
     """
     path = folder / "generation_config.json"
-    values = read_json(path, "The checkpoint") if path.is_file() else {}
+    values = read_json_object(path, "The checkpoint") if path.is_file() else {}
     values = {key: value for key, value in values.items() if not key.startswith("_") and key != "transformers_version"}
     if not values.get("do_sample"):
         # Vicuna's file has settings for sampling without sampling, which transformers refuses to save.

@@ -11,7 +11,7 @@ from transformers import ConvNextConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ConvLlavaError
-from .checkpoint_files import read_json
+from ..utils.json_files import read_json_object
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def read_original_config(folder: Path) -> dict:
         ConvLlavaError: it is another kind of checkpoint, or a LLaVA that ConvLLaVA cannot express.
     """
     path = folder / "config.json"
-    config = read_json(path, "The checkpoint")
+    config = read_json_object(path, "The checkpoint")
     model_type = config.get("model_type")
     if model_type == "convllava":
         raise ConvLlavaError(f"{folder} is in transformers' layout already; there is nothing to convert.")
@@ -115,7 +115,7 @@ def tower_config_of(folder: Path, what: str = "The vision tower") -> ConvNextCon
     Raises:
         ConvLlavaError: it is no ConvNeXt.
     """
-    config = read_json(folder / "config.json", what)
+    config = read_json_object(folder / "config.json", what)
     model_type = config.get("model_type")
     if model_type != "convnext":
         hint = " (ConvNeXt V2 has another block)" if model_type == "convnextv2" else ""
@@ -175,7 +175,7 @@ def image_settings_of(tower: Path, config: dict, stated_size: int | None) -> dic
         ConvLlavaError: none of the three says what the resolution is.
     """
     path = tower / "preprocessor_config.json"
-    preprocessor = read_json(path, "The vision tower") if path.is_file() else {}
+    preprocessor = read_json_object(path, "The vision tower") if path.is_file() else {}
     crop, resize = _square_side(preprocessor.get("crop_size"), path), _square_side(preprocessor.get("size"), path)
     side = crop or resize or stated_size
     override = config.get("mm_vision_resolution") or 0

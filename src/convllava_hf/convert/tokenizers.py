@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConvLlavaError
 from ..modeling.processing_convllava import IMAGE_TOKEN
-from .checkpoint_files import read_json
+from ..utils.json_files import read_json_object
 
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def make_portable(folder: Path) -> None:
     classes that it knows from their vocabulary.
     """
     path = folder / "tokenizer_config.json"
-    config = read_json(path, "The tokenizer")
+    config = read_json_object(path, "The tokenizer")
     for key in ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token", "add_prefix_space"):
         config.pop(key, None)
     extra = config.pop("extra_special_tokens", None)
@@ -163,10 +163,10 @@ def _tokenizer_settings(folder: Path) -> dict:
     settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            values = read_json(folder / name, "The tokenizer")
+            values = read_json_object(folder / name, "The tokenizer")
             settings.update({key: value for key, value in values.items() if value is not None})
     if (folder / "added_tokens.json").is_file():
-        ids = read_json(folder / "added_tokens.json", "The tokenizer")
+        ids = read_json_object(folder / "added_tokens.json", "The tokenizer")
         decoder = {str(index): token for token, index in ids.items()}
         settings["added_tokens_decoder"] = {**decoder, **settings.get("added_tokens_decoder", {})}
     return settings

@@ -16,7 +16,8 @@ from transformers import ConvNextConfig
 
 from ..errors import ConvLlavaError
 from ..training_record import portable_name
-from .checkpoint_files import SMALL_FILES, UnreachableError, Weights, has_weights, indexed_weights, locate, read_json
+from ..utils.json_files import read_json_object
+from .checkpoint_files import SMALL_FILES, UnreachableError, Weights, has_weights, indexed_weights, locate
 from .keys import CONVNEXT_TABLE, ORIGINAL_TABLE, SHARDS_TOWER, SHARDS_TOWER_TABLE, TOWER, Table, rename_key
 from .original import deduced_tower_config, image_settings_of, tower_config_of
 from .tower_comparison import Comparison, compare_weights
@@ -213,7 +214,7 @@ def choose_tower(
 
 def _look(place: Place) -> FoundTower:
     folder = place.configs()
-    config = read_json(folder / "config.json", _WHAT)
+    config = read_json_object(folder / "config.json", _WHAT)
     if "model_type" not in config and "architecture" in config:
         raise UnreachableError(
             f"{_WHAT}: {folder} holds a tower that timm saved; expected one that transformers saved."

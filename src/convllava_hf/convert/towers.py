@@ -21,7 +21,8 @@ from transformers.image_utils import (
 )
 
 from ..errors import ConvLlavaError, first_line
-from .checkpoint_files import Weights, locate, read_json
+from ..utils.json_files import read_json_object
+from .checkpoint_files import Weights, locate
 from .keys import CONVNEXT_TABLE, TIMM_TABLE, Table, rename_key
 from .original import tower_config_of
 
@@ -80,7 +81,7 @@ def read_tower(reference: str | Path) -> Tower:
     if path.is_file():
         return _read_timm_file(path)
     if path.is_dir():
-        if "architecture" in read_json(path / "config.json", _WHAT):
+        if "architecture" in read_json_object(path / "config.json", _WHAT):
             return _read_timm_model(f"local-dir:{path}")
         return _read_transformers_folder(path)
     name = str(reference)
@@ -90,7 +91,7 @@ def read_tower(reference: str | Path) -> Tower:
         return _read_timm_model(_known_timm_name(name, path))
     if not path.is_absolute() and name.count("/") == 1 and not name.startswith("."):
         try:
-            config = read_json(Path(hf_hub_download(name, "config.json")), _WHAT)
+            config = read_json_object(Path(hf_hub_download(name, "config.json")), _WHAT)
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ConvLlavaError(
                 f"{_WHAT}: there is no file or folder {name!r}, and as an id on the Hub its config.json cannot be "
@@ -143,7 +144,7 @@ def timm_tower_config(shapes: dict[str, torch.Size], what: str = _WHAT) -> ConvN
 def _read_transformers_folder(folder: Path) -> Tower:
     config = tower_config_of(folder, _WHAT)
     path = folder / "preprocessor_config.json"
-    preprocessor = read_json(path, _WHAT) if path.is_file() else {}
+    preprocessor = read_json_object(path, _WHAT) if path.is_file() else {}
     settings = {key: preprocessor[key] for key in ("image_mean", "image_std", "resample") if preprocessor.get(key)}
     if "image_mean" not in settings or "image_std" not in settings:
         logger.warning("%s names no mean and std; taking ImageNet's, with which most ConvNeXts are trained.", path)
@@ -213,7 +214,7 @@ def _activation_name(activation: torch.nn.Module, name: str) -> str:
 
 
 def _pretrained_cfg_beside(path: Path) -> dict:
-    config = read_json(path.parent / "config.json", _WHAT) if (path.parent / "config.json").is_file() else {}
+    config = read_json_object(path.parent / "config.json", _WHAT) if (path.parent / "config.json").is_file() else {}
     return config.get("pretrained_cfg") or {}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..atomic import check_destination, lock_next_to, naming, replacing_folder
 from ..errors import ConvLlavaError
+from ..utils.atomic import check_destination, lock_next_to, naming, replacing_folder
 
 
 SAFETENSORS_DTYPES = {

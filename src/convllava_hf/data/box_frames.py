@@ -9,12 +9,11 @@ from typing import Any
 from PIL import Image
 
 from ..boxes import DEFAULT_FRAME, TextBox, convert_boxes, find_boxes, frame_of_mode, place_in_square
-from ..modeling.image_utils_convllava import orientation_of
+from .image_files import upright_size
 
 
 logger = logging.getLogger(__name__)
 
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _SAME_PLACE = 0.005  # images whose places in the square differ by less have one shape
 _SQUARE = 0.95  # images whose shorter side is more than this part of the longer one say nothing about the frame
 _ROUNDING = 0.01  # of boxes with two decimals
@@ -70,7 +69,7 @@ def _texts(messages: Sequence[Mapping]) -> Iterator[str]:
 
 def shared_shape(images: Sequence[Any]) -> tuple[int, int] | None:
     """Height and width in pixels, upright, of opened images of one shape; `None` if shapes differ."""
-    return shape_of([_upright_size(image) for image in images])
+    return shape_of([upright_size(image) if isinstance(image, Image.Image) else None for image in images])
 
 
 def shape_of(sizes: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
@@ -84,14 +83,6 @@ def shape_of(sizes: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
     first, *others = (place_in_square(*size) for size in sizes)
     same = all(abs(one - other) <= _SAME_PLACE for place in others for one, other in zip(first, place, strict=True))
     return sizes[0] if same else None
-
-
-def _upright_size(image: Any) -> tuple[int, int] | None:
-    """Height and width in pixels of an opened image, turned as its EXIF says; `None` of anything else."""
-    if not isinstance(image, Image.Image):
-        return None
-    turned = orientation_of(image) in _TURNED
-    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 @functools.cache

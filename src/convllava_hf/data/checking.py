@@ -13,8 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError, first_line
-from ..image_options import with_image_options
-from ..texts import storable
+from ..utils.texts import storable
 from .check_report import Problem, Report, Tokens
 from .conversations import SampleError, identity_of, images_of, sample_of
 from .image_files import examine
@@ -222,9 +221,8 @@ def load_data_processor(
 ) -> Any:
     if model is None:
         if image_options:
-            raise ConvLlavaError(f"{', '.join(image_options)} say how a model sees images: name a model as well.")
+            raise ConvLlavaError(f"{', '.join(image_options)} set how a model sees images: name a model as well.")
         return None
-    from .. import loading
+    from ..inference.loading import load_processor
 
-    processor = loading.load_processor(model, trust_remote_code=trust_remote_code)
-    return with_image_options(processor, image_options or {})
+    return load_processor(model, trust_remote_code=trust_remote_code, image_options=image_options)

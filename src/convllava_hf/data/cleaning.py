@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..texts import shown
+from ..utils.texts import shown
 from .check_report import Report
 from .json_reader import BrokenFileError, SampleFile
 from .training_data import JSON_SUFFIXES, open_records

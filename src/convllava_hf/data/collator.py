@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch.utils.data import get_worker_info
 
 from ..errors import ConvLlavaError
-from ..texts import shown
+from ..utils.texts import shown
 from .box_frames import in_model_frame
 from .conversations import DataError, SampleError
 

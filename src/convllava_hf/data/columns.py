@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 
-from .. import texts
+from ..utils import texts
 from . import conversations, json_reader, paths
 from .bad_samples import BadSamples, with_remedy
 from .conversations import OTHER_MEDIA, SampleError, identity_of, images_of, sample_of

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..texts import shown, storable, text_error
+from ..utils.texts import shown, storable, text_error
 
 
 IMAGE_TOKEN = "<image>"

@@ -39,9 +39,8 @@ def stored_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with open_image(_source(image), "to be measured") as opened:
-                size = (opened.height, opened.width)
                 decodes = opened.format == "PNG" and "exif" not in opened.info
-                return size[::-1] if not decodes and _is_turned(opened) else size
+                return (opened.height, opened.width) if decodes else upright_size(opened)
     except (ImageError, OSError):
         return None
 
@@ -112,6 +111,12 @@ def _examine(source: Any, name: str) -> Examined:
     if frames > 1:
         return Examined(size, "animated image", f"{name} has {frames} frames; only the first would be seen")
     return Examined(size)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width in pixels of an opened image, turned as its EXIF says."""
+    size = (image.height, image.width)
+    return size[::-1] if _is_turned(image) else size
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from ..boxes import DEFAULT_FRAME, check_frame
 from ..errors import ConvLlavaError, first_line
+from ..utils.repo_ids import is_repo_id
 from .bad_samples import BadSamples
 from .conversations import UnreadableRecord
 from .json_reader import SampleFile
@@ -273,17 +272,7 @@ def _kind_of(path: str) -> tuple[str, str]:
         if names >= {"state.json", "dataset_info.json"} or "dataset_dict.json" in names:
             return "saved", local
         return ("json" if _json_files(local) else "folder"), local
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        is_id = False
-    else:
-        is_id = (
-            path.count("/") == 1
-            and not path.startswith((".", "~"))
-            and not path.endswith((*JSON_SUFFIXES, ".parquet"))
-        )
-    if not is_id:
+    if not is_repo_id(path) or path.endswith((*JSON_SUFFIXES, ".parquet")):
         raise ConvLlavaError(f"There is no data set {path!r}: no such file or folder, and no id on the Hub either.")
     return "hub", path
 

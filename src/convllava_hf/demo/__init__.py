@@ -3,8 +3,13 @@
 Importing this needs nothing beyond the standard library and huggingface_hub; `serve` needs the extra `demo` (gradio).
 """
 
+from typing import TYPE_CHECKING
+
 from .space import space_files
 
+
+if TYPE_CHECKING:
+    from .serving import serve
 
 __all__ = ["serve", "space_files"]
 

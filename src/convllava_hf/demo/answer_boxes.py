@@ -13,7 +13,7 @@ _DRAWN_SIDE = 1280  # pixels of the image that is shown
 
 @dataclass(frozen=True)
 class Box:
-    """Left, top, right, bottom, in fractions of whatever it refers to, each in [0, 1]."""
+    """Left, top, right, bottom, in fractions of what the box is on, each in [0, 1]."""
 
     left: float
     top: float

@@ -1,13 +1,14 @@
-"""A conversation about one image, and how an answer to it comes about; knows nothing of the page that shows it."""
+"""A conversation about one image, and how its answers are generated; independent of the page that shows it."""
 
 import logging
 import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -76,17 +77,26 @@ class ChatSession:
     """Answers questions of many visitors, one at a time.
 
     Args:
-        folder: where images with boxes go; whoever serves the page lets visitors read it.
+        folder: where images with boxes go; the page lets visitors read it.
         system: system message in place of the chat template's own.
+        generation: arguments of `Assistant.answer` that visitors do not choose.
     """
 
-    def __init__(self, assistant: Assistant, folder: Path, limits: Limits, system: str | None = None):
+    def __init__(
+        self,
+        assistant: Assistant,
+        folder: Path,
+        limits: Limits,
+        system: str | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ):
         self.assistant = (
             assistant.with_prompt_cache()
         )  # one for all visitors: their images are few, and turns alternate
         self.folder = folder
         self.limits = limits
         self.system = system
+        self.generation = dict(generation or {})
         self.presets = presets(assistant.processor.image_processor)
         self._one_at_a_time = threading.Lock()
 
@@ -110,7 +120,7 @@ class ChatSession:
         Raises:
             ConvLlavaError: something about the question cannot be done; the message is for the visitor.
         """
-        chosen, question = self._check(image, question, preset, max_new_tokens, temperature)
+        chosen, question, image = self._check(image, question, preset, max_new_tokens, temperature)
         if image != conversation.image:
             conversation = Conversation(image)
         if len(conversation.turns) >= self.limits.questions:
@@ -124,8 +134,9 @@ class ChatSession:
 
         work = _Work()
         messages = self._messages(conversation, question, pixels)
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "images_kwargs": chosen.images_kwargs}
-        thread = threading.Thread(target=self._generate, args=(work, messages, options), daemon=True)
+        assistant = self.assistant.with_image_options(**chosen.image_options)
+        options = {**self.generation, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        thread = threading.Thread(target=self._generate, args=(work, assistant, messages, options), daemon=True)
         thread.start()
         try:
             yield from self._follow(work, conversation, question, figures, pixels, max_new_tokens, wants_to_stop)
@@ -134,7 +145,7 @@ class ChatSession:
 
     def _check(
         self, image: str | None, question: str, preset: str, max_new_tokens: int, temperature: float
-    ) -> tuple[Preset, str]:
+    ) -> tuple[Preset, str, str]:
         """Everything about a question that can be refused without opening the image."""
         question = (question or "").strip()
         if image is None:
@@ -147,14 +158,14 @@ class ChatSession:
                 "Make it shorter."
             )
         if preset not in self.presets:
-            raise ConvLlavaError(f"There is no resolution {preset!r}; choose one of: {'; '.join(self.presets)}.")
+            raise ConvLlavaError(f"Unknown resolution {preset!r}; choose one of: {'; '.join(self.presets)}.")
         if not 1 <= max_new_tokens <= self.limits.answer_tokens:
             raise ConvLlavaError(
                 f"The longest answer is {max_new_tokens} tokens; choose 1 to {self.limits.answer_tokens}."
             )
         if not 0 <= temperature <= self.limits.temperature:
             raise ConvLlavaError(f"The temperature is {temperature}; choose 0 to {self.limits.temperature:g}.")
-        return self.presets[preset], question
+        return self.presets[preset], question, image
 
     def _messages(self, conversation: Conversation, question: str, image: Image.Image) -> list[dict]:
         messages = [system_turn(self.system)] if self.system else []
@@ -177,16 +188,16 @@ class ChatSession:
                 typed = typed.replace(token, f"{token[0]} {token[1:]}")
         return typed
 
-    def _generate(self, work: _Work, messages: list[dict], options: dict) -> None:
+    def _generate(self, work: _Work, assistant: Assistant, messages: list[dict], options: dict) -> None:
         """In a thread of its own: pieces of text, then the `Answer` or what was raised, go into the queue."""
         try:
-            with self._one_at_a_time:  # an answer that nobody waits for any more may still be at its prompt
+            with self._one_at_a_time:  # an answer that was given up may still be at its prompt
                 deadline = time.monotonic() + self.limits.answer_seconds
 
                 def should_stop() -> bool:
                     return work.stop.is_set() or time.monotonic() > deadline
 
-                answer = self.assistant.answer(messages, on_text=work.pieces.put, should_stop=should_stop, **options)
+                answer = assistant.answer(messages, on_text=work.pieces.put, should_stop=should_stop, **options)
             work.pieces.put(answer)
         except BaseException as error:  # nothing may be lost: the other thread waits for the end
             work.pieces.put(error)

@@ -1,7 +1,7 @@
 """What of the web server strangers can reach, and how much they can send it.
 
 Gradio's server offers more than this page needs: it fetches any URL that it is asked for, takes uploads of any number,
-and has pages for developing. All of that is closed here, in one place, whatever the version of Gradio brings.
+and has pages for developing. All of that is closed here, in one place, for every version of Gradio.
 """
 
 import asyncio
@@ -97,7 +97,7 @@ class Guard:
 
     async def _take_upload(self, scope, receive, send) -> None:
         """Hands an upload on if there is room for all that it may leave; it is reserved until the files are there."""
-        wanted = _Stored(_on_disk(_length(scope)) + 2 * _FILES_IN_UPLOAD * _BLOCK, _FILES_IN_UPLOAD)
+        wanted = _Stored(_on_disk(_length(scope) or 0) + 2 * _FILES_IN_UPLOAD * _BLOCK, _FILES_IN_UPLOAD)
         async with self._lock:
             stored = await asyncio.to_thread(_stored_under, self.folder, self.stored_seconds)
             total = stored + self._reserved + wanted
@@ -146,7 +146,7 @@ class _Upload:
         while (place := body.find(self._delimiter, start)) >= 0:
             start = place + len(self._delimiter)
             self._found += 1
-            if self._found > _FILES_IN_UPLOAD:  # whatever follows, here the body ends
+            if self._found > _FILES_IN_UPLOAD:  # the body ends here
                 self._ended = True
                 rest = body[start:]
                 while len(rest) < 2 and message.get("more_body"):
@@ -194,7 +194,7 @@ def _stored_under(folder: Path, seconds: int) -> _Stored:
                 if name != "." and Path(root) == folder and time.time() - about.st_mtime > seconds:
                     os.unlink(path)
                     continue
-            except FileNotFoundError:  # deleted meanwhile
+            except FileNotFoundError:  # deleted since
                 continue
             # Not every file system knows at once how many blocks a new file takes.
             total += max(_on_disk(about.st_size), 512 * getattr(about, "st_blocks", 0))

@@ -10,7 +10,7 @@ from gradio import component_meta
 
 @contextlib.contextmanager
 def _without_a_stub_file() -> Iterator[None]:
-    """Gradio writes a `.pyi` beside the module of every class of components: into this package's own folder."""
+    """Gradio writes a `.pyi` next to the module of every class of components: into this package's own folder."""
     write_it = getattr(component_meta, "create_or_modify_pyi", None)
     component_meta.create_or_modify_pyi = lambda *args: None
     try:
@@ -41,7 +41,7 @@ with _without_a_stub_file():
             if payload is None or payload.path is None:
                 return None
             path = Path(payload.path).resolve()
-            # Gradio has checked it too; this is what keeps the host's files away, so it does not rest on Gradio alone.
+            # Gradio has checked it too; it keeps the host's files private, so we do not rely on Gradio only.
             if not path.is_relative_to(Path(self.GRADIO_CACHE).resolve()) or not path.is_file():
                 raise gr.Error("The image is not here any more. Drop it again.", print_exception=False)
             return str(path)

@@ -20,22 +20,20 @@ def read_image(path: str | os.PathLike, limits: Limits) -> Image.Image:
     """The image of an uploaded file, decoded, upright, in RGB, no side longer than the limit.
 
     Raises:
-        ConvLlavaError: the file is no image, is damaged, or has too many pixels. The message is for the visitor
+        ConvLlavaError: the file is not an image, is damaged, or has too many pixels. The message is for the visitor
             and does not name the file's place on this machine.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is what counts here
-            with open_image(path, _NAME) as image:
+            with open_image(os.fspath(path), _NAME) as image:
                 width, height = image.size
                 if width * height <= limits.pixels:
                     return _decode(image, limits)
         size = f"{width} x {height}"
     except (ImageError, OSError) as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
-            raise ConvLlavaError(
-                f"This file is no image that can be read here, whatever its name says. Use {_NAMED}."
-            ) from error
+            raise ConvLlavaError(f"This file is not an image that can be read here. Use {_NAMED}.") from error
         if not isinstance(error.__cause__, Image.DecompressionBombError):
             raise ConvLlavaError(
                 "This image is damaged or incomplete and cannot be decoded. Save it again, or take another one."

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: what stands where, and what happens on which event."""
+"""The page itself, in Gradio: its layout, and what happens on which event."""
 
 import functools
 import html
@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from starlette.middleware import Middleware
 
 from ..errors import ConvLlavaError
 from ..inference import Assistant
+from ..options import GenerationOptions
 from .chat_session import ChatSession, Conversation, Figures, Update
 from .examples import write_examples
 from .guard import Guard
@@ -33,21 +35,21 @@ class Stops:
     """Which visitors want their answer to end. A visitor's mark is there from the question to the answer's end."""
 
     def __init__(self):
-        self._events: dict[str, threading.Event] = {}
+        self._events: dict[str | None, threading.Event] = {}
         self._lock = threading.Lock()
 
-    def expect(self, visitor: str) -> threading.Event:
+    def expect(self, visitor: str | None) -> threading.Event:
         """The mark of a visitor who has just asked. It may be set already: by who stopped while waiting."""
         with self._lock:
             return self._events.setdefault(visitor, threading.Event())
 
-    def stop(self, visitor: str) -> None:
+    def stop(self, visitor: str | None) -> None:
         with self._lock:
             event = self._events.get(visitor)
         if event is not None:
             event.set()
 
-    def forget(self, visitor: str) -> None:
+    def forget(self, visitor: str | None) -> None:
         with self._lock:
             self._events.pop(visitor, None)
 
@@ -59,10 +61,10 @@ class Events:
         self.chat_session = chat_session
         self.limits = limits
         self.stops = Stops()
-        self._decoding = threading.Lock()  # of images looked at beside the queue: a full one keeps none away
+        self._decoding = threading.Lock()  # of images looked at outside the queue, which does not limit them
 
     def look(self, image: str | None):
-        """A new image: a new conversation. A file that is no image leaves the page at once, and says why."""
+        """A new image: a new conversation. A file that is not an image is taken off the page, with the reason."""
         if image is None:
             return gr.skip(), [], Conversation(), gr.skip()
         try:
@@ -87,7 +89,7 @@ class Events:
         conversation: Conversation,
         request: gr.Request,
     ) -> Iterator[tuple]:
-        """Answer a person's question; what goes wrong stands where the figures would, and the question is kept."""
+        """Answers a visitor's question; an error is shown in place of the figures, and the question is kept."""
         asked = (conversation, image, question, resolution, max_new_tokens, temperature)
         cleared = ""
         try:
@@ -119,15 +121,15 @@ class Events:
         except ConvLlavaError as error:
             raise gr.Error(str(error), title="No answer", print_exception=False) from error
 
-    def _updates(self, asked: tuple, visitor: str) -> Iterator[Update]:
+    def _updates(self, asked: tuple, visitor: str | None) -> Iterator[Update]:
         """What `ChatSession.ask` gives, until the visitor stops it.
 
         Raises:
-            ConvLlavaError: whatever went wrong, in words for the visitor.
+            ConvLlavaError: any error, in words for the visitor.
         """
         stop = self.stops.expect(visitor)
         try:
-            yield from self.chat_session.ask(*asked, stop.is_set)
+            yield from self.chat_session.ask(*asked, wants_to_stop=stop.is_set)
         except ConvLlavaError:
             raise
         except Exception as error:
@@ -163,12 +165,17 @@ def build(
     folder: Path,
     limits: Limits,
     *,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
     system: str | None = None,
+    max_new_tokens: int = GenerationOptions.max_new_tokens,
+    temperature: float = GenerationOptions.temperature,
+    **generation: Any,
 ) -> gr.Blocks:
-    """The page of a model. `folder` is Gradio's own, for uploads; everything in it can be read by visitors."""
-    chat_session = ChatSession(assistant, folder, limits, system)
+    """The page of a model. `folder` is Gradio's own, for uploads; everything in it can be read by visitors.
+
+    `max_new_tokens` and `temperature` are where the page's settings start; visitors do not see what else is in
+    `generation`.
+    """
+    chat_session = ChatSession(assistant, folder, limits, system, generation)
     keep = (max(1, limits.stored_seconds // 6), limits.stored_seconds)
     with gr.Blocks(title=f"{name} · ConvLLaVA", analytics_enabled=False, delete_cache=keep, fill_width=True) as page:
         gr.HTML(header(name, assistant), elem_id="header")
@@ -197,7 +204,7 @@ class _Parts:
 def _lay_out(
     chat_session: ChatSession, folder: Path, limits: Limits, max_new_tokens: int, temperature: float
 ) -> _Parts:
-    """What stands where."""
+    """The layout."""
     conversation = gr.State(Conversation(), time_to_live=limits.stored_seconds)
     question = gr.Textbox(
         placeholder="What is in the image?", label="Question", show_label=False, submit_btn="Ask",
@@ -235,28 +242,29 @@ def _lay_out(
 
 def _connect(parts: _Parts, events: Events) -> None:
     """What happens on which event."""
-    at_once = {"queue": False, "show_progress": "hidden"}
-    one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
+    at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+    unnamed: dict[str, Any] = {"api_name": False}  # no endpoint for programs
+    one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
     chat, status, question, conversation = parts.chat, parts.status, parts.question, parts.conversation
     asked_with = [parts.image, question, parts.resolution, parts.length, parts.temperature, conversation]
-    begun = question.submit(events.begin, None, question, **at_once, api_name=False)
+    begun = question.submit(events.begin, None, question, **at_once, **unnamed)
     answered = begun.then(
         events.ask,
         asked_with,
         [chat, status, question, conversation],
         **one_at_a_time,
         show_progress="hidden",
-        api_name=False,
+        **unnamed,
     )
-    answered.then(events.end, None, question, **at_once, api_name=False)
+    answered.then(events.end, None, question, **at_once, **unnamed)
     # Naming all that the question would have changed takes Gradio's own mark of an error off it.
-    answered.failure(events.fail, None, [question, status, chat, conversation], **at_once, api_name=False)
+    answered.failure(events.fail, None, [question, status, chat, conversation], **at_once, **unnamed)
     gr.Button(visible=False).click(
         events.ask_by_program, asked_with, [chat, status, conversation], **one_at_a_time, api_name="ask"
     )
     question.stop(events.stop, **at_once, api_name="stop")
     parts.image.change(events.look, parts.image, [parts.image, chat, conversation, status], **at_once, api_name="look")
-    parts.image.clear(functools.partial(note, HINT), None, status, **at_once, api_name=False)
+    parts.image.clear(functools.partial(note, HINT), None, status, **at_once, **unnamed)
     gr.on(
         [parts.restart.click, chat.clear],
         events.restart,
@@ -314,7 +322,7 @@ def theme() -> gr.themes.Base:
 def messages(conversation: Conversation, text: Callable[[str], str]) -> list[dict]:
     """A conversation as `gr.Chatbot` takes it, the images with boxes below the answers that they belong to.
 
-    `text`: what is done to texts; the browser reads what looks like a tag as one, though they are no Markdown.
+    `text`: what is done to texts; the browser reads what looks like a tag as one, although they are not Markdown.
     """
     shown = []
     for turn in conversation.turns:

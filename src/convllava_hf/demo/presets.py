@@ -1,13 +1,13 @@
-"""Ways to look at an image that a visitor can choose from: how many pixels the model sees and what they cost."""
+"""Image sizes that a visitor can choose from: how many pixels the model sees and what they cost."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..boxes import place_in_square
-from ..image_options import IMAGE_OPTIONS
 from ..modeling.configuration_convllava import PRESETS, ImageSizing, visual_token_grid
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
+from ..options import mode_of, sizing_values
 
 
 _SIDES = (1536, 1024, 768, 512, 256, 128, 64)  # pixels; what is offered below the checkpoint's own resolution
@@ -17,10 +17,10 @@ _OFFERED_NATIVE = 2  # of the image processor's presets, the largest that cost n
 
 @dataclass(frozen=True)
 class Preset:
-    """`name` is what the visitor reads; `images_kwargs` is what the image processor is called with."""
+    """`name` is what the visitor reads; `image_options`: see `options.ImageOptions`."""
 
     name: str
-    images_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    image_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def presets(image_processor: ConvLlavaImageProcessor) -> dict[str, Preset]:
     sides = [side for side in _SIDES if side < own.size and side % stride == 0][: _OFFERED - 1]
     offered = [Preset(_name(own))]
     for side in sides:
-        kwargs = {"image_aspect_ratio": "pad", "size": {"height": side, "width": side}}
+        kwargs = {"image_aspect_ratio": "pad", "size": side}
         offered.append(Preset(_name(image_processor.image_sizing(**kwargs)), kwargs))
     within = [name for name, pixels in PRESETS.items() if pixels <= max(own.size**2, own.most_pixels)]
     for name in within[: -_OFFERED_NATIVE - 1 : -1]:
@@ -59,17 +59,12 @@ def presets(image_processor: ConvLlavaImageProcessor) -> dict[str, Preset]:
 
 def view(image_processor: ConvLlavaImageProcessor, preset: Preset, image_width: int, image_height: int) -> View:
     """What the model sees of an image of this size, and where in it the image lies."""
-    height, width = image_processor.get_image_size(image_height, image_width, **preset.images_kwargs)
+    height, width = image_processor.get_image_size(image_height, image_width, **preset.image_options)
     rows, columns = visual_token_grid(height, width, image_processor.stride)
-    of_sizes = {key: value for key, value in preset.images_kwargs.items() if key in IMAGE_OPTIONS}
-    if image_processor.image_sizing(**of_sizes).mode != "pad":
+    if not mode_of(image_processor.image_sizing(**preset.image_options)).square:
         return View(height, width, rows * columns, 0.0, 0.0, 1.0, 1.0)
     return View(height, width, rows * columns, *place_in_square(image_height, image_width))
 
 
 def _name(sizes: ImageSizing) -> str:
-    if sizes.mode == "shortest_edge":
-        return f"shorter side {sizes.size} px · up to {sizes.most_tokens} visual tokens"
-    tokens = sizes.most_tokens if sizes.mode == "native" else sizes.tokens(1, 1)
-    cost = f"{tokens} visual token{'s' if tokens > 1 else ''}"
-    return f"own shape · up to {cost}" if sizes.mode == "native" else f"{sizes.size} × {sizes.size} px · {cost}"
+    return mode_of(sizes).page_text.format(**sizing_values(sizes))

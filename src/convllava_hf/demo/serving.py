@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..atomic import temporary_folder
 from ..errors import ConvLlavaError
 from ..inference import Assistant, load
+from ..utils.atomic import temporary_folder
 from .limits import Limits
 
 
@@ -36,42 +37,31 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     limits: Limits | None = None,
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
     system: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    vision_backend: str | None = None,
-    trust_remote_code: bool = False,
+    generation: Mapping[str, Any] | None = None,
     open_browser: bool = False,
     on_ready: Callable[[str], None] | None = None,
+    **loading: Any,
 ) -> None:
     """Load a model and show its page until the process is interrupted or terminated.
 
     Args:
         model: folder of a checkpoint, or its id on the Hub, as `inference.load` takes it.
         host, port: where to listen; without a port, the first free one from 7860 on.
-        device, dtype, quantization, vision_backend, trust_remote_code: see `convllava_hf.inference.load`.
-        max_new_tokens, temperature: where the page's settings stand at first.
+        system: system message in place of the chat template's own.
+        generation: arguments of `Assistant.answer`; `max_new_tokens` and `temperature` are where the page's settings
+            start.
         on_ready: called with the page's address once it answers.
+        **loading: arguments of `convllava_hf.inference.load`, such as `device`.
 
     Raises:
         ConvLlavaError: gradio is not installed, the checkpoint cannot be loaded, or the port is taken.
     """
     require_gradio()
-    assistant = load(
-        model,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        vision_backend=vision_backend,
-        trust_remote_code=trust_remote_code,
-    )
+    assistant = load(model, **loading)
     name = Path(model).name if os.path.isdir(model) else model
     limits = limits or Limits()
-    options = {"limits": limits, "max_new_tokens": max_new_tokens, "temperature": temperature, "system": system}
-    with page_of(assistant, name, host=host, port=port, **options) as url:
+    with page_of(assistant, name, host=host, port=port, limits=limits, system=system, **(generation or {})) as url:
         if on_ready is not None:
             on_ready(url)
         if open_browser:
@@ -83,13 +73,13 @@ def serve(
 def page_of(
     assistant: Assistant, name: str, *, host: str = "127.0.0.1", port: int | None = None, limits: Limits, **options
 ) -> Iterator[str]:
-    """The page of a loaded model, served meanwhile from threads of this process; yields its address.
+    """The page of a loaded model, served during the block from threads of this process; yields its address.
 
     Raises:
         ConvLlavaError: gradio is not installed, or the port is taken.
     """
     require_gradio()
-    with temporary_folder("convllava-demo-") as folder:  # readable by this user alone
+    with temporary_folder("convllava-demo-") as folder:  # readable by this user only
         own = {"GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
         with _environment({**_ENVIRONMENT, **own}):
             from .page import build, launch

@@ -4,39 +4,27 @@ import importlib.metadata
 import importlib.resources
 import re
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from ..errors import ConvLlavaError
+from ..utils.repo_ids import is_repo_id
 
 
 GRADIO_VERSION = "6.31.0"  # the newest that the tests have seen
 _PYTHON_VERSION = "3.11"
-# What the page imports, and nothing else of the package.
-_PACKAGE = (
+# What the page imports, and nothing else of the package: single files, and folders of which all modules travel.
+_FILES = (
     "__init__.py",
-    "registration.py",
-    "atomic.py",
     "boxes.py",
-    "checkpoint_errors.py",
     "errors.py",
-    "inference.py",
-    "interrupts.py",
-    "loading.py",
-    "device_memory.py",
-    "vision_backends.py",
-    "prompt_cache.py",
-    "image_options.py",
-    "texts.py",
-    "trust.py",
+    "options.py",
+    "registration.py",
+    "modeling/__init__.py",
+    "modeling/configuration_convllava.py",
+    "modeling/image_processing_convllava.py",
+    "modeling/image_utils_convllava.py",
+    "modeling/modeling_convllava.py",
+    "modeling/processing_convllava.py",
 )
-_MODELING = (
-    "__init__.py",
-    "configuration_convllava.py",
-    "image_processing_convllava.py",
-    "image_utils_convllava.py",
-    "modeling_convllava.py",
-    "processing_convllava.py",
-)
+_FOLDERS = ("demo", "inference", "utils")
 _README = """\
 ---
 title: {title}
@@ -81,15 +69,10 @@ def space_files(model_id: str, hardware: str = "a10g-small") -> dict[str, str]:
         hardware: what the Hub suggests to whoever copies the Space; the default holds 7 B parameters in bfloat16.
 
     Raises:
-        ConvLlavaError: `model_id` is no id of the Hub.
+        ConvLlavaError: `model_id` is not an id on the Hub.
     """
-    try:
-        validate_repo_id(model_id)
-        valid = re.fullmatch(r"[\w.-]+/[\w.-]+", model_id, re.ASCII) is not None
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise ConvLlavaError(f"{model_id!r} is no model's id on the Hub: a Space needs one of the form owner/name.")
+    if not is_repo_id(model_id):
+        raise ConvLlavaError(f"{model_id!r} is not an id on the Hub: a Space needs one of the form owner/name.")
     title = model_id.partition("/")[2]
     files = {
         "README.md": _README.format(
@@ -98,12 +81,11 @@ def space_files(model_id: str, hardware: str = "a10g-small") -> dict[str, str]:
         "app.py": _APP.format(model=model_id),
         "requirements.txt": "\n".join(_requirements()) + "\n",
     }
-    package = importlib.resources.files(__package__.partition(".")[0])
-    sources = {f"convllava_hf/{name}": package / name for name in _PACKAGE}
-    demo = importlib.resources.files(__package__)
-    sources |= {f"convllava_hf/demo/{file.name}": file for file in demo.iterdir() if file.name.endswith(".py")}
-    modeling = importlib.resources.files(f"{package.name}.modeling")
-    sources |= {f"convllava_hf/modeling/{name}": modeling / name for name in _MODELING}
+    package = importlib.resources.files(__name__.partition(".")[0])
+    sources = {f"convllava_hf/{name}": package / name for name in _FILES}
+    for folder in _FOLDERS:
+        modules = [file for file in (package / folder).iterdir() if file.name.endswith(".py")]
+        sources |= {f"convllava_hf/{folder}/{file.name}": file for file in modules}
     return files | {name: source.read_text(encoding="utf-8") for name, source in sorted(sources.items())}
 
 

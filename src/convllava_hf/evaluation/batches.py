@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..device_memory import telling_of_full_memory
 from ..errors import ConvLlavaError
 from ..inference import GREEDY, LESS_MEMORY, Assistant, prompt_inputs
+from ..utils.device_memory import explain_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def answer_batch(
     if room is not None:
         max_new_tokens = min(max_new_tokens, room)
     what = f"{len(conversations)} conversations of {length} tokens beside the model in {assistant.dtype}"
-    with telling_of_full_memory(what, assistant.device, f"Choose a smaller batch. {LESS_MEMORY}"):
+    with explain_out_of_memory(what, assistant.device, f"Choose a smaller batch. {LESS_MEMORY}"):
         return generate(assistant.model, inputs, max_new_tokens, **sampling)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..report_style import plain
+from ..utils.report_style import plain
 from .benchmarks import Benchmark, find_benchmark
 from .evaluation_record import find_runs, read_record
 from .prediction_log import SAMPLES_FILE, read_rows

@@ -14,9 +14,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomic
 from ..errors import ConvLlavaError
-from ..training_record import versions_of
+from ..options import IMAGE_MODES
+from ..utils.environment import versions_of
+from ..utils.json_files import write_json
 from .benchmarks import Benchmark
 from .scorers import Row
 from .sources import Plan
@@ -134,14 +135,12 @@ def setting_text(benchmark: Benchmark, run: Mapping[str, Any]) -> str:
 
 def images_text(images: Mapping[str, Any]) -> str:
     """How large images were seen, in a few words."""
-    if images["mode"] == "native":
-        return f"images in their own shape, up to {images['max_pixels']} px"
-    return f"{images['size']} px" if images["mode"] == "pad" else f"shorter side {images['size']} px"
+    return IMAGE_MODES[images["mode"]].record_text.format(**images)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
     """Writes a record; it is there whole or not at all."""
-    return write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    return write_json(folder / RECORD_FILE, record)
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:

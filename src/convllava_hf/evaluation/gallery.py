@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..atomic import write_atomic
 from ..errors import ConvLlavaError, first_line
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
+from ..utils.atomic import write_atomic
 from .comparison import is_scored
 from .prediction_log import read_rows
 from .samples import Sample

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomic
-from ..report_style import SMALL_SCREEN, STYLE, duration, plain, versions_text
+from ..utils.atomic import write_atomic
+from ..utils.report_style import SMALL_SCREEN, STYLE, duration, plain, versions_text
 from .evaluation_record import find_runs, images_text, read_record
 from .gallery import is_right, read_gallery
 from .paper import PAPER, RESOLUTIONS, paper_row, refcoco_average

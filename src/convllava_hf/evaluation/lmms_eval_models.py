@@ -6,7 +6,7 @@ Nothing is caught here: an answer that cannot be had ends the run, rather than c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -17,9 +17,9 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError
-from ..image_options import with_image_options
 from ..inference import load, user_turn
 from ..modeling.processing_convllava import IMAGE_TOKEN
+from ..options import IMAGE_OPTIONS
 from .batches import answer_batch, decode_answers, likelihoods
 
 
@@ -51,9 +51,9 @@ class _ConvLlava(lmms):
     Args:
         pretrained: folder of a checkpoint or its id on the Hub.
         batch_size: questions asked at once.
-        device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
-        image_aspect_ratio, size, min_pixels, max_pixels, preset: how large images are seen, where not as the
-            checkpoint says; see `ConvLlavaImageProcessor`.
+        device, dtype: see `convllava_hf.inference.load`.
+        **options: other arguments of `load`, and those of `options.ImageOptions`: how large images are seen, where not
+            as the checkpoint says.
 
     Raises:
         ConvLlavaError: the checkpoint cannot be loaded, or a value is not one of those that can be.
@@ -65,13 +65,7 @@ class _ConvLlava(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
-        quantization: str | None = None,
-        image_aspect_ratio: str | None = None,
-        size: int | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        preset: str | None = None,
-        trust_remote_code: bool = False,
+        **options: Any,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -81,22 +75,9 @@ class _ConvLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and self.accelerator.device.type != "cpu":
             device = str(self.accelerator.device)  # each process its own
-        image_options = {
-            "image_aspect_ratio": image_aspect_ratio,
-            "size": size,
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
-            "preset": preset,
-        }
         dtype = None if dtype == "auto" else dtype
-        assistant = load(
-            pretrained,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            trust_remote_code=trust_remote_code,
-        )
-        self._assistant = replace(assistant, processor=with_image_options(assistant.processor, image_options))
+        image_options = {name: options.pop(name) for name in IMAGE_OPTIONS if name in options}
+        self._assistant = load(pretrained, device=device, dtype=dtype, image_options=image_options, **options)
         self._device = self._assistant.device
 
     @property

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..atomic import naming, write_atomic
 from ..errors import ConvLlavaError
+from ..utils.atomic import naming, write_atomic
 
 
 SAMPLES_FILE = "samples.jsonl"

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..data.image_files import stored_size
+from ..data.image_files import stored_size, upright_size
 from ..errors import first_line
 from ..inference import Assistant, assistant_turn, prompt_inputs
-from ..modeling.image_utils_convllava import orientation_of
 from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..options import mode_of
 from .batches import generate
 from .samples import MissingValueError, Sample
 from .scorers import ImageGeometry
@@ -121,13 +121,13 @@ class Predictor:
         processor = self._processor
         encoded = processor.tokenizer([self._words(sample) for sample in samples], add_special_tokens=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        if self._mode == "pad":
+        if self._padded:
             return lengths
         return [length + self._visual_tokens(sample) for length, sample in zip(lengths, samples, strict=True)]
 
     @property
-    def _mode(self) -> str:
-        return self.assistant.processor.image_processor.image_sizing(**self.images_kwargs).mode
+    def _padded(self) -> bool:
+        return mode_of(self.assistant.processor.image_processor.image_sizing(**self.images_kwargs)).square
 
     def _visual_tokens(self, sample: Sample) -> int:
         """By the file's header alone."""
@@ -144,9 +144,8 @@ class Predictor:
         return sample.stem if self.likelihood and sample.choices else sample.prompt
 
     def _seen(self, image) -> ImageGeometry:
-        turned = orientation_of(image) in (5, 6, 7, 8)  # EXIF: height and width are exchanged
-        width, height = image.size[::-1] if turned else image.size
-        return ImageGeometry(width, height, padded=self._mode == "pad")
+        height, width = upright_size(image)
+        return ImageGeometry(width, height, padded=self._padded)
 
     def _encode(self, batch: Batch, conversations: list[list[dict]]) -> None:
         """Fills `inputs`, and leaves out samples whose image cannot be decoded after all, or which are too long."""

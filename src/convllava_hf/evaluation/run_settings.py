@@ -1,7 +1,6 @@
 """What a run is: how it is asked, of which model, and the folder that is its own."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from ..atomic import discard_folder, write_atomic
 from ..errors import ConvLlavaError
 from ..inference import Assistant
 from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..options import sizing_record
 from ..training_record import portable_name
+from ..utils.atomic import discard_folder
+from ..utils.json_files import read_json_object, write_json
 from .benchmarks import CHOICES, Benchmark
 from .sources import Plan, Source
 
@@ -29,7 +30,7 @@ class Settings:
     `choice`: multiple choice by the `"letter"` that is answered, or by the `"likelihood"` of each option's text.
     `ocr_tokens`: TextVQA's prompt names what an OCR system read. `split`, `config`: other ones than the benchmark's.
     `limit`: the first so many samples. `batch_size`: samples asked at once. `images`: how large they are seen, as
-    arguments of the image processor (`image_options.IMAGE_OPTIONS`); what is not given is the checkpoint's own.
+    arguments of the image processor (`options.ImageOptions`); what is not given is the checkpoint's own.
     """
 
     choice: str = "letter"
@@ -83,7 +84,7 @@ def describe_run(
     try:
         sizes = image_processor.image_sizing(**settings.image_options)
     except ValueError as error:
-        raise ConvLlavaError(f"Images cannot be seen so: {error}") from error
+        raise ConvLlavaError(f"These image options cannot be used: {error}") from error
     return {
         "format": 1,
         "benchmark_name": benchmark.name,
@@ -99,13 +100,7 @@ def describe_run(
         "model": {"name": portable_name(model.source), **_checkpoint_state(model.checkpoint or model.source)},
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
-        "images": {
-            "mode": sizes.mode,
-            "size": sizes.size if sizes.mode != "native" else None,
-            "min_pixels": sizes.least_pixels if sizes.mode == "native" else None,
-            "max_pixels": sizes.most_pixels if sizes.mode != "pad" else None,
-            "most_tokens": sizes.most_tokens,
-        },
+        "images": sizing_record(sizes),
     }
 
 
@@ -124,14 +119,9 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
     if not path.exists():
         if _holds_files(folder):
             raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: name another --output.")
-        write_atomic(path, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(path, run)
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvLlavaError(f"{str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(before, dict):
-        raise ConvLlavaError(f"{str(path)!r} holds no JSON object: begin anew by --overwrite.")
+    before = read_json_object(path, "An earlier run's settings, which --overwrite replaces")
     if differing := [key for key in run if before.get(key) != run[key]]:
         key = differing[0]
         raise ConvLlavaError(

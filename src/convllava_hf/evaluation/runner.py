@@ -21,11 +21,11 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from ..atomic import check_destination, lock_next_to
-from ..device_memory import is_out_of_memory, needed_and_free
 from ..errors import ConvLlavaError
 from ..inference import LESS_MEMORY
 from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..utils.atomic import check_destination, lock_next_to
+from ..utils.device_memory import is_out_of_memory, needed_and_free
 from .benchmarks import Benchmark
 from .evaluation_record import ids_left_out, make_record, write_record
 from .prediction_log import SAMPLES_FILE, PredictionLog, merge_shards, read_rows

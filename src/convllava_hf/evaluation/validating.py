@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConvLlavaError
+from ..options import IMAGE_MODES
 from .benchmarks import BENCHMARKS, Benchmark
 from .metrics import MME_COGNITION, MME_PERCEPTION
 from .scorers import F1, Mme
@@ -86,7 +87,7 @@ _RECORD: Kinds = {
     "dtype": _TEXT,
     "quantization": _TEXT_OR_NULL,
     "images": (lambda value: isinstance(value, dict), "an object"),
-    "images.mode": (lambda value: value in ("pad", "native", "shortest_edge"), "pad, native or shortest_edge"),
+    "images.mode": (lambda value: value in IMAGE_MODES, f"one of {', '.join(IMAGE_MODES)}"),
     "images.size": (_or_none(is_count), "a number of pixels or null"),
     "images.max_pixels": (_or_none(is_count), "a number of pixels or null"),
     "visual_tokens": (_is_visual_tokens, "a number, or an object with a mean"),

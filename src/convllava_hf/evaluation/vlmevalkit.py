@@ -17,13 +17,11 @@ or `{"type": "text", "value": TEXT}`. Questions are asked one at a time; `convll
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vlmeval.vlm.base import BaseModel
 
 from ..errors import ConvLlavaError
-from ..image_options import with_image_options
 from ..inference import assistant_turn, load, open_image, system_turn, user_turn
 
 
@@ -38,7 +36,7 @@ class ConvLlava(BaseModel):
         max_new_tokens: an answer ends there if the model has not ended it before.
         image_options: how large images are seen, where not as the checkpoint says: arguments of
             `ConvLlavaImageProcessor`, such as `{"preset": "large"}`.
-        device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
+        **loading: other arguments of `convllava_hf.inference.load`, such as `device`.
 
     Raises:
         ConvLlavaError: the checkpoint cannot be loaded.
@@ -53,20 +51,10 @@ class ConvLlava(BaseModel):
         model_path: str,
         max_new_tokens: int = 512,
         image_options: Mapping[str, Any] | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        quantization: str | None = None,
-        trust_remote_code: bool = False,
+        **loading: Any,
     ):
         super().__init__()
-        assistant = load(
-            model_path,
-            device=device,
-            dtype=dtype,
-            quantization=quantization,
-            trust_remote_code=trust_remote_code,
-        )
-        self.assistant = replace(assistant, processor=with_image_options(assistant.processor, image_options or {}))
+        self.assistant = load(model_path, image_options=image_options, **loading)
         self.max_new_tokens = max_new_tokens
 
     def use_custom_prompt(self, dataset: str) -> bool:

@@ -14,23 +14,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..utils.environment import cpu_name, versions_of
+from ..utils.json_files import write_json
 from .language import GENERAL, Mix
 from .progress import logs_to
 from .quickstart import (
     EXTRA_STAGE_DEPTH,
+    PACKAGES,
     SIDE,
     Emit,
     assemble_model,
     count_tokens,
     draw_data,
-    machine,
     one_thread,
     run_in_lines,
     stage0_jobs,
     train_by_recipe,
-    versions,
 )
-from .steps import Run, write_json
+from .steps import Run
 from .world import World
 
 
@@ -209,8 +210,8 @@ def run_ablations(run: Run) -> dict[str, Any]:
         "seeds": list(seeds),
         "scenes": plan.test_scenes,
         "seconds": run.record["seconds"]["total"],
-        "machine": machine(),
-        "versions": versions(),
+        "machine": cpu_name(),
+        "versions": versions_of(PACKAGES),
         "settings": run.record["settings"],
         **_collect(run, seeds),
     }
@@ -287,7 +288,7 @@ def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ..loading import load_processor
+    from ..inference.loading import load_processor
     from ..modeling.modeling_convllava import ConvLlavaForConditionalGeneration
     from .scoring import ask_about_scenes, score
 

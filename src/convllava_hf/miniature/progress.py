@@ -10,6 +10,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from ..utils.logging_utils import disable_progress_bars
+
 
 OnStep = Callable[..., None]  # steps done, all steps and, now and then, the loss
 
@@ -87,8 +89,7 @@ def logs_to(path: Path) -> Iterator[None]:
     root.addHandler(handler)
     library.propagate, library.handlers = True, []
     logging.captureWarnings(True)
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    disable_progress_bars(with_datasets=True)
     try:
         with redirect_stdout(handler.stream):  # where the Trainer prints its losses
             yield

@@ -2,17 +2,19 @@
 
 import functools
 import os
-import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..utils.environment import cpu_name, versions_of
+from ..utils.json_files import write_json
+from ..utils.logging_utils import disable_progress_bars
 from .language import KINDS, Mix
 from .progress import Line, OnStep, logs_to
-from .steps import Run, run_jobs, write_json
+from .steps import Run, run_jobs
 from .world import World
 
 
@@ -36,7 +38,7 @@ TITLES = {
     "evaluation": "asking about new scenes",
 }
 _SAMPLES = 12
-_PACKAGES = ("convllava-hf", "torch", "transformers", "trl", "datasets", "scikit-learn", "pillow")
+PACKAGES = ("convllava-hf", "torch", "transformers", "trl", "datasets", "scikit-learn", "pillow")
 
 Emit = Callable[[tuple[int, int, float | None]], None]
 
@@ -99,8 +101,8 @@ def quickstart(run: Run, device: str | None = "cpu") -> dict[str, Any]:
         **run.record["results"]["evaluation"],
         "seconds": run.record["seconds"],
         "losses": run.record["losses"],
-        "versions": versions(),
-        "machine": machine(device),
+        "versions": versions_of(PACKAGES),
+        "machine": machine_name(device),
     }
     write_json(run.folder / "results.json", results)
     return results
@@ -250,7 +252,7 @@ def judge(run: Run, checkpoint: Path, *, seed: int, scenes: int, device: str = "
         return
     import torch
 
-    from ..loading import choose_dtype, load_processor
+    from ..inference.loading import choose_dtype, load_processor
     from ..modeling.modeling_convllava import ConvLlavaForConditionalGeneration
     from .scoring import ask_about_scenes, chance, score
 
@@ -273,23 +275,13 @@ def count_tokens(processor) -> int:
     return processor._get_num_multimodal_tokens(image_sizes=[(SIDE, SIDE)]).num_image_tokens[0]
 
 
-def machine(device: str = "cpu") -> str:
-    """What the figures were measured on: the processor's name and the number of cores, and before it the GPU's."""
-    if device != "cpu":
-        import torch
+def machine_name(device: str) -> str:
+    """What the figures were measured on: the processor, and before it the GPU if there is one."""
+    if device == "cpu":
+        return cpu_name()
+    import torch
 
-        return f"{torch.cuda.get_device_name(device)}; {machine()}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that training depends on."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+    return f"{torch.cuda.get_device_name(device)}; {cpu_name()}"
 
 
 def draw_data(
@@ -337,10 +329,9 @@ def _train_language_model(
 def one_thread() -> None:
     """One core for a job: the jobs share the machine, and steps this small gain little from more."""
     import torch
-    from transformers.utils import logging
 
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def _parameters(model) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape as _escape
 from typing import Any
 
-from ..report_style import SMALL_SCREEN, STYLE
+from ..utils.report_style import SMALL_SCREEN, STYLE
 from .report_parts import (
     COLORS,
     KIND_NOTES,

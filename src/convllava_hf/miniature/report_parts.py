@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from ..atomic import write_atomic
-from ..report_style import duration, plain, versions_text
+from ..utils.atomic import write_atomic
+from ..utils.report_style import duration, plain, versions_text
 from .scoring import intersection_over_union, parse_box
 
 

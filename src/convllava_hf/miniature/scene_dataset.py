@@ -1,8 +1,6 @@
 """Scenes as a data set of the form that training reads: images, and conversations about them."""
 
 import io
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..utils.atomic import replacing_folder
+from ..utils.logging_utils import disable_progress_bars
 from .drawing import draw
 from .language import Mix, conversation
 from .world import World
@@ -58,13 +58,9 @@ def write_samples(
         if on_scene and (len(rows) % _REPORT_EVERY == 0 or len(rows) == size):
             on_scene(len(rows))
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    disable_progress_bars(with_datasets=True)
+    with replacing_folder(folder) as temporary:
+        datasets.Dataset.from_list(rows, features=features).save_to_disk(temporary)
     return folder
 
 

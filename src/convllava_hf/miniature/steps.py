@@ -13,7 +13,8 @@ from queue import Empty
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..logging_utils import quiet_imports
+from ..utils.json_files import write_json
+from ..utils.logging_utils import quiet_imports
 
 
 _RECORD = "run.json"
@@ -90,13 +91,6 @@ class Run:
 
     def _save(self) -> None:
         write_json(self._path, self.record)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; it is there whole or as it was before."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class JobError(RuntimeError):

@@ -1,4 +1,4 @@
-"""How fast a ConvLLaVA is on this machine, beside what the machine could do: what `convllava profile` runs."""
+"""How fast a ConvLLaVA is on this machine, against what the machine can do: what `convllava profile` runs."""
 
 from .machine import copy_bandwidth, describe, matrix_rate
 from .models import random_model

@@ -3,10 +3,9 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .measuring import peak, reset_peak, resident, synchronize
@@ -16,7 +15,7 @@ QUESTION_TOKENS = 48  # of text around an image, as in a short question with the
 
 
 def prompt(config, tokens: int, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A prompt with one image of so many visual tokens, of ids that no tokenizer made."""
+    """A prompt with one image of a given number of visual tokens; the ids come from no tokenizer."""
     text = torch.arange(QUESTION_TOKENS) % 100 + 10
     ids = torch.cat([text[:8], torch.full((tokens,), config.image_token_id), text[8:]])[None]
     size = torch.tensor([pixels.shape[-2:]])
@@ -24,8 +23,8 @@ def prompt(config, tokens: int, pixels: torch.Tensor) -> dict[str, torch.Tensor]
     return {name: tensor.to(pixels.device) for name, tensor in inputs.items()} | {"pixel_values": pixels}
 
 
-def answer(model: nn.Module, inputs: Mapping[str, torch.Tensor], tokens: int) -> tuple[float, float | None]:
-    """Generate exactly so many tokens.
+def answer(model: Any, inputs: Mapping[str, torch.Tensor], tokens: int) -> tuple[float, float | None]:
+    """Generates an exact number of tokens.
 
     Returns:
         Seconds to the first token, and tokens a second after it (`None` for a single token).
@@ -58,10 +57,10 @@ class _Clock(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         self.times.append(self.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return cast(torch.BoolTensor, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device))
 
 
-def time_answer(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: int, repeats: int) -> dict[str, Any]:
+def time_answer(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int, repeats: int) -> dict[str, Any]:
     """Medians: `first_token_seconds`, the tower's work in them, and `tokens_per_second` after the first."""
     device = inputs["input_ids"].device
     answer(model, inputs, 1)
@@ -71,13 +70,13 @@ def time_answer(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens
     most = peak(device)
     return {
         "first_token_seconds": statistics.median(first for first, _ in taken),
-        "tokens_per_second": statistics.median(rate for _, rate in taken),
-        "activations": None if most is None else most - before,
+        "tokens_per_second": statistics.median(rate for _, rate in taken if rate is not None),
+        "activations": None if most is None or before is None else most - before,
     }
 
 
 def measure_answers(
-    model: nn.Module, sizes: Sequence[tuple[int, int]], new_tokens: int, repeats: int
+    model: Any, sizes: Sequence[tuple[int, int]], new_tokens: int, repeats: int
 ) -> list[dict[str, Any]]:
     """One row for each size of image, (height, width) in pixels."""
     rows = []

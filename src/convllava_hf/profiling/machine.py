@@ -1,14 +1,13 @@
-"""The machine and its limits: multiplying matrices and moving memory, measured beside what is judged by them."""
+"""The machine and its limits, to compare measurements with: multiplying matrices and moving memory."""
 
 import os
 import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..utils.environment import cpu_name, versions_of
 from .measuring import seconds_of
 
 
@@ -21,13 +20,14 @@ _COPIED = {"cpu": 256 * 2**20, "cuda": 2**30}  # bytes, beyond what caches hold
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What a table must say about where it was measured."""
+    versions = versions_of(_PACKAGES)
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
-        "python": platform.python_version(),
+        "python": versions.pop("python"),
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions,
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
@@ -71,16 +71,4 @@ def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

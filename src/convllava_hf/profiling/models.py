@@ -1,6 +1,7 @@
 """Models of true shapes and random weights, made without reading or downloading anything."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ..modeling.configuration_convllava import ConvLlavaConfig
 from ..modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 
 
-PAPER_TOWER = {"depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072]}
+PAPER_TOWER: dict[str, Any] = {"depths": [3, 3, 27, 3, 6], "hidden_sizes": [192, 384, 768, 1536, 3072]}
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
 TEXTS = {  # the shapes of Qwen2.5's 0.5B and 1.5B, and of Vicuna's 7B
     "0.5b": {
@@ -39,7 +40,7 @@ TEXTS = {  # the shapes of Qwen2.5's 0.5B and 1.5B, and of Vicuna's 7B
         "num_attention_heads": 4,
     },
 }
-TINY_TOWER = {"depths": [1, 1, 2, 1, 1], "hidden_sizes": [16, 32, 64, 96, 128]}
+TINY_TOWER: dict[str, Any] = {"depths": [1, 1, 2, 1, 1], "hidden_sizes": [16, 32, 64, 96, 128]}
 _PLACEHOLDER = 3
 
 
@@ -56,7 +57,7 @@ def text_config(name: str):
         ConvLlavaError: there is no such size.
     """
     if name not in TEXTS:
-        raise ConvLlavaError(f"There is no language model of size {name!r}: choose one of {', '.join(TEXTS)}.")
+        raise ConvLlavaError(f"Unknown size of language model {name!r}: choose one of {', '.join(TEXTS)}.")
     return AutoConfig.for_model(**TEXTS[name])
 
 
@@ -68,7 +69,7 @@ def random_model(text: str, device: torch.device, dtype: torch.dtype) -> ConvLla
     return built(lambda: ConvLlavaForConditionalGeneration(config), device, dtype)
 
 
-def built(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+def built(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
     """The model that `make` builds, with random weights of a size at which nothing overflows or dies out.
 
     Weights are copies of one block of random numbers: drawing each of many million takes longer than what is measured.

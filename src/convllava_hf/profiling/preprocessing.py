@@ -15,7 +15,8 @@ from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
 def jpeg(width: int, height: int, seed: int = 0) -> bytes:
     """An image with structure at several scales, so that decoding has something to do."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    coarse = coarse.resize((width, height), Image.Resampling.BICUBIC)
     noise = rng.integers(-12, 12, (height, width, 3), dtype=np.int16)
     buffer = io.BytesIO()
     Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)

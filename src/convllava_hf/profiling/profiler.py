@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..inference import load
-from ..loading import choose_device, choose_dtype
+from ..inference.loading import choose_device, choose_dtype
+from ..inference.vision_backends import choose_vision_backend, optimize_vision_tower
 from ..modeling.image_processing_convllava import ConvLlavaImageProcessor
-from ..vision_backends import choose_vision_backend, optimize_vision_tower
 from .generation import measure_answers
 from .machine import copy_bandwidth, describe, in_words, matrix_rate
 from .models import random_model
@@ -33,18 +33,17 @@ def profile_model(
     batch: int = 1,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    quantization: str | None = None,
-    trust_remote_code: bool = False,
+    **loading: Any,
 ) -> dict[str, Any]:
     """Measure a checkpoint, or without one random weights of the paper's tower and a language model of size `text`.
 
     Args:
         sizes: (height, width) in pixels of what the tower sees, multiples of its stride.
-        vision_backends: ways to run the tower (`vision_backends.VISION_BACKENDS`), compared with one
+        vision_backends: ways to run the tower (`options.VISION_BACKENDS`), compared with one
             another; answers are timed with the first. Default: what `choose_vision_backend` says.
         new_tokens: over which tokens a second are measured.
         batch: images in one call of the tower.
-        device, dtype, quantization, trust_remote_code: see `convllava_hf.inference.load`.
+        device, dtype, **loading: see `convllava_hf.inference.load`.
 
     Returns:
         `machine`, `limits` (operations and bytes a second), and rows in `tower`, `answers` and `preparing`.
@@ -62,17 +61,16 @@ def profile_model(
     if source is None:
         model, processor = random_model(text, device, dtype), ConvLlavaImageProcessor()
     else:
-        assistant = load(
-            source, device, dtype, quantization, vision_backend="eager", trust_remote_code=trust_remote_code
-        )
+        assistant = load(source, device, dtype, vision_backend="eager", **loading)
         model, processor = assistant.model, assistant.processor.image_processor
     for height, width in sizes:
         model.config.num_visual_tokens(height, width)  # refuses sizes that the tower cannot take
     results["limits"] = {"operations": matrix_rate(device, dtype), "bytes": copy_bandwidth(device)}
     logger.info("the tower: %s", ", ".join(ways))
-    results["tower"] = measure_tower(model.vision_tower, ways, sizes, repeats, batch)
+    tower: Any = model.vision_tower
+    results["tower"] = measure_tower(tower, ways, sizes, repeats, batch)
     if len(ways) > 1:  # each was measured on a copy
-        optimize_vision_tower(model.vision_tower, ways[0])
+        optimize_vision_tower(tower, ways[0])
     logger.info("answers")
     results["answers"] = measure_answers(model, sizes, new_tokens, repeats)
     logger.info("preprocessing")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import check_destination, write_atomic
 from ..errors import ConvLlavaError
+from ..utils import json_files
+from ..utils.atomic import check_destination, write_atomic
 
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -45,14 +46,16 @@ def write(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, results: Any) -> None:
-    write(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    json_files.write_json(path, results)
 
 
 def check_output_file(path: str | os.PathLike) -> None:
     """Refuses a place for the figures where something else lies, before anything is measured.
 
     Raises:
-        ConvLlavaError: it is a folder, a device, a file that is no JSON object, or in a folder of the system.
+        ConvLlavaError: it is a folder, a device, a file without a JSON object, or in a folder of the system.
     """
     place = check_destination(path, "--output")
     if place.is_dir():
@@ -65,6 +68,6 @@ def check_output_file(path: str | os.PathLike) -> None:
         is_ours = False
     if not is_ours:
         raise ConvLlavaError(
-            f"--output is {str(place)!r}, which holds no figures of an earlier run, so it is left alone: name another "
+            f"--output is {str(place)!r}, which is not from an earlier run, so it is not replaced: name another "
             "file, or remove it yourself."
         )

@@ -1,4 +1,4 @@
-"""The vision tower alone: time, operations, share of the matrix rate, memory."""
+"""The vision tower by itself: time, operations, share of the matrix rate, memory."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..inference.vision_backends import optimize_vision_tower
 from ..modeling.modeling_convllava import ConvLlavaVisionTower
-from ..vision_backends import optimize_vision_tower
 from .machine import product
 from .measuring import interleaved, operations, peak, reset_peak, resident, synchronize
 
@@ -58,7 +58,7 @@ def _measure_one(
         "operations": counted,
         "rate": rate,
         "share": counted / took / rate,
-        "activations": None if most is None else most - before,
+        "activations": None if most is None or before is None else most - before,
     }
     return row, features.float()
 

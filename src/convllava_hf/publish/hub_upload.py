@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors import ConvLlavaError, first_line
+from ..utils.repo_ids import is_repo_id
 
 
 logger = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ def check_target(target: Target) -> None:
     Raises:
         ConvLlavaError: see the messages.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", target.repo_id) or len(target.repo_id) > 96:
+    if not is_repo_id(target.repo_id):
         raise ConvLlavaError(f"{target.repo_id!r} is no repository's id: expected owner/name.")
     if target.create_pr and target.revision != "main":
         raise ConvLlavaError("A pull request is made against main: leave out --create-pr or --revision.")

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from ..report_style import plain
+from ..utils.report_style import plain
 
 
 _LONGEST_CELL = 200  # characters

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from ..boxes import FRAMES, frame_of_mode
 from ..errors import ConvLlavaError
 from ..modeling.configuration_convllava import PRESETS, ConvLlavaConfig, ImageSizing, tower_stride
+from ..options import mode_of, sizing_values
 from ..training_record import read_record, well_formed
 from .markdown import cell, code_cell
 from .staging import StagedRepo, is_hub_id
@@ -154,13 +155,16 @@ def model_metadata(staged: StagedRepo) -> dict[str, Any]:
         "tokens": sizes.most_tokens,
         "token_table": _token_table(sizes),
         "preset_table": [
-            {"name": name, "pixels": pixels, "tokens": pixels // sizes.stride**2, "own": sizes.max_pixels == pixels}
+            {
+                "name": name,
+                "pixels": pixels,
+                "tokens": pixels // sizes.stride**2,
+                "own": sizes.mode == "native" and sizes.max_pixels == pixels,
+            }
             for name, pixels in PRESETS.items()
         ],
-        "aspect_ratio": sizes.mode,
+        "images": mode_of(sizes).card_paragraph.format(**sizing_values(sizes)),
         "box_frame": frame_of_mode(sizes.mode),
-        "least_pixels": sizes.least_pixels,
-        "most_pixels": sizes.most_pixels,
     }
     if staged.base_model is None:
         config = ConvLlavaConfig(**_arguments(staged.json("config.json")))
@@ -277,16 +281,12 @@ def _image_sizing(processor: dict[str, Any]) -> ImageSizing:
 
 def _sees(sizes: ImageSizing) -> str:
     """How the model sees an image, in few words."""
-    if sizes.mode == "pad":
-        return f"{sizes.size} x {sizes.size} pixels as {sizes.tokens(1, 1)} visual tokens"
-    if sizes.mode == "native":
-        return f"up to {sizes.most_pixels:,} pixels in their own shape as up to {sizes.most_tokens} visual tokens"
-    return f"a shorter side of {sizes.size} pixels, in up to {sizes.most_tokens} visual tokens"
+    return mode_of(sizes).card_text.format(**sizing_values(sizes))
 
 
 def _token_table(sizes: ImageSizing) -> list[dict[str, Any]]:
     sides = sorted({sizes.size, *(one for one in _RESOLUTIONS if one % sizes.stride == 0)})
-    own = sizes.size if sizes.mode == "pad" else None
+    own = sizes.size if mode_of(sizes).square else None
     return [{"side": one, "tokens": (one // sizes.stride) ** 2, "own": one == own} for one in sides]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..atomic import temporary_folder
 from ..errors import ConvLlavaError
 from ..modeling import modeling_convllava
+from ..utils.atomic import temporary_folder
 from . import smoke_test
 from .staging import ADAPTER, CARD, StagedRepo
 

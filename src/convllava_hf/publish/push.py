@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..atomic import temporary_folder
 from ..errors import ConvLlavaError, first_line
 from ..modeling.image_utils_convllava import ImageError, open_image, to_rgb
+from ..utils.atomic import temporary_folder
 from .card import CardInput, render_card
 from .hub_upload import Publisher, Target, check_target, find_token
 from .metadata import About

@@ -9,18 +9,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from ..atomic import naming
 from ..convert.checkpoint_files import Weights
 from ..convert.writing import ShardWriter, parse_size
 from ..errors import ConvLlavaError
-from ..links import check_links, file_inside
+from ..inference.trust import AUTO_MAP_FILES, references
 from ..modeling.configuration_convllava import ConvLlavaConfig
 from ..modeling.modeling_convllava import AUTO_MAP
 from ..training_record import RECORD_FILE
-from ..trust import AUTO_MAP_FILES, references
+from ..utils.atomic import naming
+from ..utils.json_files import read_json_object, write_json
+from ..utils.links import check_links, file_inside
+from ..utils.repo_ids import is_repo_id
 
 
 logger = logging.getLogger(__name__)
@@ -154,32 +155,11 @@ def _stage_besides(staged: StagedRepo) -> None:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name of an id on the Hub, and is no folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not Path(name).exists()
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
-
-    Raises:
-        ConvLlavaError: it is missing or holds none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConvLlavaError(f"{path.parent} holds no {path.name}, so it is no checkpoint.") from None
-    except ValueError as error:
-        raise ConvLlavaError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConvLlavaError(f"{path} holds no JSON object.")
-    return value
+    return is_repo_id(name) and not Path(name).exists()
 
 
 def _base_of(source: Path, base_model: str | None) -> str:
-    named = read_object(source / "adapter_config.json").get("base_model_name_or_path")
+    named = read_json_object(source / "adapter_config.json", f"The adapter {source}").get("base_model_name_or_path")
     base = base_model or named
     if not base or not is_hub_id(str(base)):
         raise ConvLlavaError(
@@ -198,7 +178,7 @@ def _stage_adapter(staged: StagedRepo) -> None:
 
 
 def _stage_model(staged: StagedRepo, max_shard_bytes: int) -> None:
-    config = read_object(staged.source / "config.json")
+    config = read_json_object(staged.source / "config.json", f"The checkpoint {staged.source}")
     if config.get("model_type") != ConvLlavaConfig.model_type:
         raise ConvLlavaError(
             f"{staged.source} is no ConvLLaVA checkpoint: its config.json has the model_type "
@@ -227,7 +207,7 @@ def _named_shards(source: Path) -> list[str]:
         return ["model.safetensors"]
     if not (source / INDEX).is_file():
         return []
-    weight_map = read_object(source / INDEX).get("weight_map")
+    weight_map = read_json_object(source / INDEX, f"The checkpoint {source}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvLlavaError(f"{source / INDEX} has no weight_map.")
     names = sorted(set(weight_map.values()))
@@ -337,14 +317,14 @@ def _tidy(path: Path, base_model: str | None) -> None:
     """Takes out what concerns this machine alone, and completes what others need."""
     if path.name in ("tokenizer.json", "vocab.json", INDEX):
         return
-    before = read_object(path)
+    before = read_json_object(path, "The checkpoint")
     after = _without_sources(before)
     if path.name == "config.json":
         after["auto_map"] = {**AUTO_MAP, **after.get("auto_map", {})}
     if path.name == "adapter_config.json":
         after["base_model_name_or_path"] = base_model
     if after != before:
-        path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, after)
 
 
 def _without_sources(value: Any) -> Any:

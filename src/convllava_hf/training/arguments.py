@@ -1,14 +1,13 @@
 """Arguments of a recipe beyond TRL's own."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from ..boxes import check_frame
 from ..data.bad_samples import BadSamples
 from ..errors import ConvLlavaError
-from ..image_options import IMAGE_OPTIONS
+from ..options import ImageOptions
 from .recipe import RecipeParser
 from .recipe_checks import check_output, check_packages, check_values
 
@@ -18,8 +17,11 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 
 
 @dataclass
-class DataArguments(ScriptArguments):
-    """Where the samples come from. `dataset_name` may also be a LLaVA JSON or JSONL file or a folder of parquet."""
+class DataArguments(ImageOptions, ScriptArguments):
+    """Where the samples come from, and how large the model sees their images.
+
+    `dataset_name` may also be a LLaVA JSON or JSONL file or a folder of parquet.
+    """
 
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that image paths in a LLaVA file are relative to."}
@@ -69,19 +71,6 @@ class DataArguments(ScriptArguments):
         default=100,
         metadata={"help": "With on_bad_sample=skip: how many samples may be left out in total; one more is an error."},
     )
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Keep the images' aspect ratio, with at most this many visual tokens: tiny (64), small (144), "
-            "base (256), large (576) or full (2304). The default of this and the next three is the checkpoint's own "
-            "setting; the new checkpoint keeps what is set here."
-        },
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "How images are brought to the tower's shape: pad, native or shortest_edge."}
-    )
-    min_pixels: int | None = field(default=None, metadata={"help": "Native images with fewer pixels are enlarged."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Native images with more pixels are made smaller."})
 
     def __post_init__(self):
         check_frame(self.boxes)
@@ -97,12 +86,6 @@ class DataArguments(ScriptArguments):
         """The policy for samples that cannot be used, which counts what it leaves out; `bad_samples` is the training
         data's."""
         return BadSamples(self.on_bad_sample, self.max_bad_samples)
-
-    @property
-    def image_options(self) -> dict[str, Any]:
-        """The image options that the recipe sets, as arguments of the image processor."""
-        given = {name: getattr(self, name, None) for name in IMAGE_OPTIONS}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass

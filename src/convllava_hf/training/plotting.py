@@ -1,7 +1,9 @@
 """The loss of a run as an image."""
 
-import os
+from io import BytesIO
 from pathlib import Path
+
+from ..utils.atomic import write_atomic
 
 
 def save_loss_curve(log_history: list[dict], path: str | Path, title: str = "") -> Path | None:
@@ -45,9 +47,7 @@ def save_loss_curve(log_history: list[dict], path: str | Path, title: str = "") 
     lines = [*axis.get_lines(), *rates.get_lines()]
     axis.legend(lines, [line.get_label() for line in lines], loc="upper right")
     figure.tight_layout()
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
+    content = BytesIO()
+    figure.savefig(content, format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)
-    return path
+    return write_atomic(Path(path), content.getvalue())

@@ -15,6 +15,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..errors import ConvLlavaError, first_line
 from ..modeling.configuration_convllava import ConvLlavaConfig
+from ..options import IMAGE_RANGES
 from .trainable import set_trainable
 
 
@@ -33,9 +34,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), (0, 1e6)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, _BELOW_1)),
     **dict.fromkeys(("warmup_steps", "eval_delay", "save_total_limit"), (0, _COUNT)),
-    **dict.fromkeys(
-        ("max_length", "min_pixels", "max_pixels", "pad_to_multiple_of", "ddp_bucket_cap_mb"), (1, _COUNT)
-    ),
+    **dict.fromkeys(("max_length", "pad_to_multiple_of", "ddp_bucket_cap_mb"), (1, _COUNT)),
+    **IMAGE_RANGES,
     **dict.fromkeys(("dataset_num_proc", "dataloader_prefetch_factor", "lora_r"), (1, 2**16)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     **dict.fromkeys(("max_bad_images", "max_bad_samples"), (0, _COUNT)),

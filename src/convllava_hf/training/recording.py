@@ -6,7 +6,8 @@ from typing import Any
 from transformers.utils import cached_file
 from trl import ModelConfig
 
-from ..training_record import RECORD_FILE, portable_name, read_record, versions_of, write_record
+from ..training_record import RECORD_FILE, portable_name, read_record, write_record
+from ..utils.environment import versions_of
 from .arguments import DataArguments, TrainingArguments
 
 

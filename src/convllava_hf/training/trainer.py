@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from ..data.collator import SafeImageCollator
+from ..options import mode_of
 from .disk import checkpoint_bytes, reporting_full_disk, warn_if_low_on_space
 from .optimizer import parameter_groups
 from .sampler import ModalityLengthSampler
@@ -83,7 +84,7 @@ class ConvLlavaTrainer(SFTTrainer):
             return super()._get_train_sampler(dataset)
         shapes = None
         image_processor = self.processing_class.image_processor
-        if self.args.group_by_image_shape and image_processor.image_sizing().mode != "pad":
+        if self.args.group_by_image_shape and not mode_of(image_processor.image_sizing()).square:
             with self.args.main_process_first(desc="reading the sizes of images"):
                 shapes = image_shapes(dataset, image_processor, self.args.dataset_num_proc)
         lengths, has_image = sample_lengths(dataset, self.processing_class, shapes)

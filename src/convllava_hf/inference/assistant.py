@@ -1,18 +1,14 @@
-"""Load a ConvLLaVA and ask it: what `convllava ask`, `chat`, `demo` and `eval` share, usable from Python as well.
-
->>> assistant = load("path/to/convllava")
->>> image = open_image("photo.jpg")
->>> assistant.answer([user_turn("What is on the sign?", [image])], on_text=show).text
-"""
+"""A model and its processor, loaded and asked: `load`, and the `Assistant` that it returns."""
 
 import inspect
+import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -20,9 +16,12 @@ from transformers import AutoModelForImageTextToText, StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
+from ..errors import ConvLlavaError, first_line
+from ..modeling.modeling_convllava import ConvLlavaForConditionalGeneration
+from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..options import with_image_options
+from ..utils.device_memory import explain_out_of_memory
 from .checkpoint_errors import check_generation_config, wrap_checkpoint_errors
-from .device_memory import telling_of_full_memory
-from .errors import ConvLlavaError, first_line
 from .loading import (
     ORIGINAL,
     check_checkpoint,
@@ -32,16 +31,13 @@ from .loading import (
     load_processor,
     quantization_config,
 )
-from .modeling.image_processing_convllava import ConvLlavaImageProcessor
-from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
-from .modeling.processing_convllava import IMAGE_TOKEN, ConvLlavaProcessor
+from .messages import user_turn
 from .prompt_cache import CachedPrompt, PromptCache
-from .texts import check_text
 from .trust import from_checkpoint, pickled_code
 from .vision_backends import choose_vision_backend, has_unmodified_linears, optimize_vision_tower
 
 
-# transformers 5 takes the processor's arguments in a dict of their own, and complains of others; 4 has no such dict.
+# transformers 5 takes the processor's arguments in a separate dict, and warns about others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 _NONE: Mapping[str, Any] = MappingProxyType({})
 # Remedies where a device's memory does not suffice.
@@ -57,12 +53,12 @@ LESS_MEMORY = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what it took.
+    """What the model said, and what it cost.
 
     `text`: the answer without special tokens. `token_ids`: the generated ids, special tokens included.
     `visual_tokens` are counted in `prompt_tokens`, and so are `reused_tokens`, whose keys and values an earlier turn
-    had left (see `Assistant.with_prompt_cache`). `first_token_seconds` and `seconds` count from the call, so they
-    hold the work on the images and the prompt, and not the loading of the model.
+    left (see `Assistant.with_prompt_cache`). `first_token_seconds` and `seconds` count from the call, so they
+    include the work on the images and the prompt, and not the loading of the model.
     """
 
     text: str
@@ -83,12 +79,19 @@ class Assistant:
     prompt_cache: PromptCache | None = None
 
     def with_prompt_cache(self) -> "Assistant":
-        """The same assistant, which encodes no image twice and reads on where a conversation's last turn ended.
+        """The same assistant with a prompt cache: it encodes no image twice and continues where the last turn ended.
 
-        It gives the answers that it would give without. It keeps memory of its device between calls, and takes one
-        call at a time.
+        Its answers are the same. It keeps memory on its device between calls, and takes one call at a time.
         """
         return replace(self, prompt_cache=PromptCache())
+
+    def with_image_options(self, **image_options: Any) -> "Assistant":
+        """The same model, which sees images as these arguments of `ConvLlavaImageProcessor` say: `size=768`, say.
+
+        Raises:
+            ConvLlavaError: they do not go together, or with the tower.
+        """
+        return replace(self, processor=with_image_options(self.processor, image_options))
 
     @property
     def device(self) -> torch.device:
@@ -107,19 +110,19 @@ class Assistant:
         temperature: float = 0.0,
         on_text: Callable[[str], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
-        images_kwargs: Mapping[str, Any] | None = None,
+        **generation: Any,
     ) -> Answer:
-        """Continue a conversation by one answer.
+        """Answers the last question of a conversation.
 
         Args:
             messages: the conversation as chat templates take it; `system_turn`, `user_turn` and `assistant_turn` make
                 its entries.
             max_new_tokens: the answer ends there if the model has not ended it before.
-            temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
-            on_text: called with each piece of text as it is generated, in this thread; what it raises ends the
-                generation and reaches the caller.
-            should_stop: called after every token, in this thread; once it says so, the answer ends with that token.
-            images_kwargs: of `ConvLlavaImageProcessor`, for this call: `{"size": 768}`, say.
+            temperature: 0 always takes the likeliest token; above 0, tokens are sampled.
+            on_text: called with each piece of text as it is generated, in this thread; an exception that it raises
+                ends the generation and reaches the caller.
+            should_stop: called after every token, in this thread; once it returns `True`, the answer ends there.
+            **generation: further arguments of transformers' `generate`, such as `top_p`.
 
         Raises:
             ConvLlavaError: an image cannot be read or prepared, or the conversation leaves no room for an answer in
@@ -128,14 +131,15 @@ class Assistant:
         start = time.perf_counter()
         cached_prompt = None if self.prompt_cache is None else CachedPrompt(self.prompt_cache, self.processor)
         processor = self.processor if cached_prompt is None else cached_prompt.processor
-        inputs = self._inputs(processor, messages, images_kwargs or {})
+        inputs = self._inputs(processor, messages)
         prompt_tokens = inputs["input_ids"].shape[1]
         room = self._room_for_answer(prompt_tokens)
         stream = _AnswerStream(self.processor.tokenizer, on_text)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
+        sampling = {**sampling, **generation}
         try:
             what = f"this conversation of {prompt_tokens} tokens beside the model in {self.dtype}"
-            with telling_of_full_memory(what, self.device, LESS_MEMORY):
+            with explain_out_of_memory(what, self.device, LESS_MEMORY):
                 output = self.model.generate(
                     **(inputs if cached_prompt is None else cached_prompt.left_to_compute(self.model, inputs)),
                     **sampling,
@@ -162,12 +166,12 @@ class Assistant:
             reused_tokens=0 if cached_prompt is None else cached_prompt.reused,
         )
 
-    def _inputs(self, processor: ConvLlavaProcessor, messages: list[dict[str, Any]], images_kwargs: Mapping[str, Any]):
+    def _inputs(self, processor: ConvLlavaProcessor, messages: list[dict[str, Any]]):
         try:
-            inputs = prompt_inputs(processor, [messages], images_kwargs)
-        except (OSError, ValueError) as error:  # by kind: a processor from a checkpoint has an ImageError of its own
+            inputs = prompt_inputs(processor, [messages])
+        except (OSError, ValueError) as error:  # by kind: a processor from a checkpoint has another ImageError class
             raise ConvLlavaError(first_line(error)) from error
-        with telling_of_full_memory("the images of this conversation", self.device, LESS_MEMORY):
+        with explain_out_of_memory("the images of this conversation", self.device, LESS_MEMORY):
             return inputs.to(self.device, self.dtype)
 
     @property
@@ -192,7 +196,7 @@ def prompt_inputs(
     conversations: list[list[dict[str, Any]]],
     images_kwargs: Mapping[str, Any] = _NONE,
     add_generation_prompt: bool = True,
-):
+) -> Any:
     """The model's inputs for a batch of conversations, padded on the left.
 
     Args:
@@ -217,7 +221,7 @@ def prompt_inputs(
     )
 
 
-# Said outright, so that a checkpoint's generation_config.json with sampling in it neither applies nor draws a warning.
+# Explicit, so that sampling in a checkpoint's generation_config.json neither applies nor causes a warning.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -228,13 +232,14 @@ class _Stop(StoppingCriteria):
         self.should_stop = should_stop
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
+        stops = torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
+        return cast(torch.BoolTensor, stops)
 
 
 class _AnswerStream(BaseStreamer):
-    """Turns tokens into text as they come, and hands each piece on.
+    """Turns tokens into text as they come, and passes each piece on.
 
-    What a token reads as depends on its neighbors (SentencePiece's blanks, characters of several byte tokens), so new
+    The text of a token depends on its neighbors (SentencePiece's blanks, characters of several byte tokens), so new
     tokens are decoded together with those of the piece before, and text that ends within a character waits for the
     rest. `TextStreamer` of transformers holds text back to the next blank, and loses the blanks that begin a line.
     """
@@ -242,7 +247,7 @@ class _AnswerStream(BaseStreamer):
     def __init__(self, tokenizer, on_text: Callable[[str], None] | None):
         self.tokenizer = tokenizer
         self.on_text = on_text
-        self.first_token_time: float | None = None
+        self.first_token_time = math.nan
         self.text = ""
         self._previous: list[int] = []  # tokens of the piece that was handed on last
         self._new: list[int] = []
@@ -252,7 +257,7 @@ class _AnswerStream(BaseStreamer):
         if not self._prompt_passed:  # generate() sends the prompt first
             self._prompt_passed = True
             return
-        if self.first_token_time is None:
+        if math.isnan(self.first_token_time):
             self.first_token_time = time.perf_counter()
         self._new.extend(value.flatten().tolist())
         self._hand_on(self._undecoded())
@@ -275,60 +280,6 @@ class _AnswerStream(BaseStreamer):
             self.on_text(piece)
 
 
-def system_turn(text: str) -> dict[str, Any]:
-    """The conversation's first entry, where the chat template's own system message will not do.
-
-    Raises:
-        ConvLlavaError: UTF-8 cannot hold the text.
-    """
-    return {"role": "system", "content": [{"type": "text", "text": check_text(text, "The system message")}]}
-
-
-def assistant_turn(text: str) -> dict[str, Any]:
-    """An answer given earlier in the conversation."""
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-def user_turn(text: str, images: Sequence[Image.Image] = ()) -> dict[str, Any]:
-    """A question about images. They stand before the text, or where the text says `<image>`.
-
-    Raises:
-        ConvLlavaError: the text says `<image>` a number of times that is not the number of images, or UTF-8 cannot
-            hold it.
-    """
-    texts = check_text(text, "The question").split(IMAGE_TOKEN)
-    if len(texts) == 1:
-        texts = [""] * len(images) + texts
-    if len(texts) != len(images) + 1:
-        raise ConvLlavaError(
-            f"The question says {IMAGE_TOKEN} {len(texts) - 1} times and comes with {len(images)} images. Give as "
-            f"many images as {IMAGE_TOKEN}, or leave {IMAGE_TOKEN} out: the images then stand before the question."
-        )
-    content: list[dict[str, Any]] = []
-    for piece, image in zip(texts, [*images, None], strict=True):
-        if all(part["type"] == "image" for part in content):
-            piece = piece.removeprefix("\n")  # the chat template writes the line break after images that come first
-        if piece:
-            content.append({"type": "text", "text": piece})
-        if image is not None:
-            content.append({"type": "image", "image": image})
-    return {"role": "user", "content": content}
-
-
-def open_image(source: str | os.PathLike) -> Image.Image:
-    """Read an image from a path, a URL or a data URL, as the image processor reads it.
-
-    Raises:
-        ConvLlavaError: there is no such file, or it is no image.
-    """
-    name = os.fspath(source)
-    try:
-        return ConvLlavaImageProcessor().fetch_images(name)
-    except (OSError, ValueError) as error:
-        shown = name if len(name) <= 200 else f"{name[:80]}..."  # a data URL, say
-        raise ConvLlavaError(f"Cannot read the image {shown!r}: {first_line(error)}") from error
-
-
 def load(
     source: str | os.PathLike,
     device: str | torch.device | None = None,
@@ -336,6 +287,7 @@ def load(
     quantization: str | None = None,
     vision_backend: str | None = None,
     trust_remote_code: bool = False,
+    image_options: Mapping[str, Any] | None = None,
 ) -> Assistant:
     """Load a ConvLLaVA checkpoint for inference.
 
@@ -348,28 +300,29 @@ def load(
         vision_backend: how the vision tower runs, one of `vision_backends.VISION_BACKENDS`; default: what
             `choose_vision_backend` says.
         trust_remote_code: whether Python code that comes with the checkpoint may run where it names classes that are
-            not this package's. It can do whatever you can.
+            not this package's. It can do anything that you can.
+        image_options: how large the model sees images, where not as the checkpoint says: arguments of
+            `ConvLlavaImageProcessor`, such as `{"preset": "large"}`; see `options.ImageOptions`.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint, is incomplete or damaged, or the device or the
-            quantization asked for is not there.
+        ConvLlavaError: `source` is not a ConvLLaVA checkpoint, is incomplete or damaged, the device or the
+            quantization asked for is not there, or the image options do not go together.
     """
     kind = kind_of_checkpoint(source, trust_remote_code=trust_remote_code)
     device = choose_device(device)
     dtype = choose_dtype(device, dtype)
     chosen = choose_vision_backend(device, dtype, vision_backend)
-    options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype)
     if kind == ORIGINAL:
         source = _converted(source)
-    processor = load_processor(source, trust_remote_code=trust_remote_code)
-    with wrap_checkpoint_errors(
-        source
-    ):  # a question shows whether template and image processor can be used, before the weights
+    processor = load_processor(source, trust_remote_code=trust_remote_code, image_options=image_options)
+    with wrap_checkpoint_errors(source):
+        # A question shows whether template and image processor work, before the weights are read.
         prompt_inputs(processor, [[user_turn("?", [Image.new("RGB", (64, 64))])]])
     try:
-        with telling_of_full_memory(f"the model in {dtype}", device, SMALLER_MODEL), wrap_checkpoint_errors(source):
+        with explain_out_of_memory(f"the model in {dtype}", device, SMALLER_MODEL), wrap_checkpoint_errors(source):
             model, info = from_checkpoint(
                 ConvLlavaForConditionalGeneration,
                 AutoModelForImageTextToText,
@@ -399,7 +352,7 @@ def _converted(source: str | os.PathLike) -> str:
         ConvLlavaError: it cannot be converted, or not here: a Space has only the files that its page needs.
     """
     try:
-        from .convert.cache import converted_checkpoint
+        from ..convert.cache import converted_checkpoint
     except ModuleNotFoundError:
         check_checkpoint(source)
         raise

@@ -1,6 +1,6 @@
 """Links in a checkpoint's folder: what they lead to is copied and published only if it belongs to the checkpoint.
 
-`git clone` keeps symbolic links, so a stranger's folder can hold `LICENSE -> ../diary.txt`. A link may lead to a file
+`git clone` keeps symbolic links, so a downloaded folder can hold `LICENSE -> ../diary.txt`. A link may lead to a file
 of the same folder. In the Hub's cache, where a snapshot consists of links, it may also lead to the `blobs` of the same
 repository.
 """
@@ -9,7 +9,7 @@ import stat
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .errors import ConvLlavaError
+from ..errors import ConvLlavaError
 
 
 # What is copied as it is from a checkpoint into one that is made from it. Weights are read tensor by tensor.
@@ -28,12 +28,12 @@ def file_inside(path: Path, folder: Path) -> Path:
         mode = target.stat().st_mode
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         raise ConvLlavaError(
-            f"{name} in {folder} is a link that leads nowhere. Remove it, or put the file itself in its place."
+            f"{name} in {folder} is a broken link. Remove it, or replace it with the file itself."
         ) from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise ConvLlavaError(
-            f"{name} in {folder} is a link out of that folder, to {target}. What lies outside a checkpoint is neither "
-            "copied nor published: put the file itself in the link's place, or remove the link."
+            f"{name} in {folder} is a link out of that folder, to {target}. Files outside a checkpoint are neither "
+            "copied nor published: replace the link with the file itself, or remove the link."
         )
     if not stat.S_ISREG(mode):
         raise ConvLlavaError(
@@ -43,9 +43,9 @@ def file_inside(path: Path, folder: Path) -> Path:
 
 
 def check_links(folder: str | Path, patterns: tuple[str, ...] = COPIED_AS_TEXT) -> None:
-    """Refuses a folder in which an entry whose name fits a pattern is no regular file that belongs to the folder.
+    """Refuses a folder in which an entry whose name matches a pattern is not a regular file of that folder.
 
-    Folders with such names are left alone: nothing is copied from them.
+    Subfolders with such names are ignored: nothing is copied from them.
 
     Raises:
         ConvLlavaError: names the first of them.

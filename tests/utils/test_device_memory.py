@@ -7,9 +7,9 @@ from transformers import AutoModelForImageTextToText
 
 from convllava_hf import cli
 from convllava_hf.cli import profile
-from convllava_hf.device_memory import is_out_of_memory, needed_and_free, telling_of_full_memory
 from convllava_hf.errors import ConvLlavaError
 from convllava_hf.inference import load, user_turn
+from convllava_hf.utils.device_memory import explain_out_of_memory, is_out_of_memory, needed_and_free
 
 
 CUDA = (
@@ -44,7 +44,7 @@ def full(*args, **kwargs):
 def test_what_was_needed_and_is_free(error, expected):
     assert is_out_of_memory(error)
     assert needed_and_free(error) == expected
-    with pytest.raises(ConvLlavaError) as caught, telling_of_full_memory("the cake", "cuda:0", "Eat less."):
+    with pytest.raises(ConvLlavaError) as caught, explain_out_of_memory("the cake", "cuda:0", "Eat less."):
         raise error
     assert str(caught.value) == f"The memory of cuda:0 does not hold the cake: {expected}. Eat less."
 
@@ -52,7 +52,7 @@ def test_what_was_needed_and_is_free(error, expected):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("out of memory")])
 def test_other_errors_stay_what_they_are(error):
     assert not is_out_of_memory(error)
-    with pytest.raises(type(error), match=str(error)), telling_of_full_memory("the cake", "cuda:0", ""):
+    with pytest.raises(type(error), match=str(error)), explain_out_of_memory("the cake", "cuda:0", ""):
         raise error
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import ConvLlavaError, first_line
+from ..errors import ConvLlavaError, first_line
 
 
 # Libraries below torch's own allocator, and devices other than NVIDIA's, say it by a RuntimeError.
@@ -36,7 +36,7 @@ def needed_and_free(error: BaseException) -> str:
 
 
 @contextmanager
-def telling_of_full_memory(what: str, device: torch.device | str, remedies: str) -> Iterator[None]:
+def explain_out_of_memory(what: str, device: torch.device | str, remedies: str) -> Iterator[None]:
     """Makes a `ConvLlavaError` of whatever is raised within where the device's memory ran out.
 
     Args:

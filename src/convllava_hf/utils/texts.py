@@ -1,17 +1,17 @@
-"""Text from outside: what UTF-8 cannot hold is refused where it comes in, and values of any kind can be shown."""
+"""Texts from users and files: what UTF-8 cannot hold is refused where it comes in; values of any kind in messages."""
 
 import re
 import reprlib
 from typing import Any
 
-from .errors import ConvLlavaError
+from ..errors import ConvLlavaError
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Shortened(reprlib.Repr):
-    """`repr` that stops at some depth and some number of entries, so that no value can make it fail or take long."""
+    """`repr` with limits on depth and number of entries, so that no value makes it fail or take long."""
 
     def __init__(self):
         super().__init__()

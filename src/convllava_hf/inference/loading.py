@@ -1,72 +1,80 @@
-"""What is looked at before a model is loaded: the checkpoint's files, the device, the dtype, the quantization."""
+"""What is checked before a model is loaded: the checkpoint's files, the device, the dtype, the quantization."""
 
 import importlib.util
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
+from ..errors import ConvLlavaError, first_line
+from ..modeling.configuration_convllava import ConvLlavaConfig
+from ..modeling.processing_convllava import ConvLlavaProcessor
+from ..options import DTYPES as DTYPE_NAMES
+from ..options import QUANTIZATIONS, with_image_options
+from ..utils.json_files import read_json_object
+from ..utils.repo_ids import is_repo_id
 from .checkpoint_errors import wrap_checkpoint_errors
-from .errors import ConvLlavaError, first_line
-from .modeling.configuration_convllava import ConvLlavaConfig
-from .modeling.processing_convllava import ConvLlavaProcessor
 from .trust import check_code, explain_refusal, from_checkpoint, warn_about_foreign_code
 
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 CONVERTED, ORIGINAL = "converted", "original"
-QUANTIZATIONS = ("4bit", "8bit")
 _PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
 def load_processor(
-    source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    image_options: Mapping[str, Any] | None = None,
 ) -> ConvLlavaProcessor:
-    """The processor of a checkpoint, which takes no weights to be read.
+    """The processor of a checkpoint; no weights are read.
 
     Args:
         revision: of a checkpoint on the Hub.
         trust_remote_code: whether the checkpoint's own code may run, see `trust`.
+        image_options: how large the model sees images, where not as the checkpoint says: see `options.ImageOptions`.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint, the processor's files are missing or broken, or it needs
-            code that may not run.
+        ConvLlavaError: `source` is not a ConvLLaVA checkpoint, the processor's files are missing or broken, it needs
+            code that may not run, or the image options do not go together.
     """
     check_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
     _check_processor_files(source)
-    options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+    options: dict[str, Any] = {"revision": revision} if revision else {}
     with wrap_checkpoint_errors(source):
         try:
-            processor = from_checkpoint(ConvLlavaProcessor, AutoProcessor, source, **options)
+            processor = from_checkpoint(
+                ConvLlavaProcessor, AutoProcessor, source, trust_remote_code=trust_remote_code, **options
+            )
         except (OSError, ValueError) as error:  # ValueError: the tokenizer's files
             if not trust_remote_code and (reason := explain_refusal(error, source, revision)):
                 raise ConvLlavaError(reason) from error
             raise
-    with wrap_checkpoint_errors(
-        source, "Cannot use the chat template of the checkpoint"
-    ):  # which may try to leave the sandbox
+    # A chat template may try to leave its sandbox.
+    with wrap_checkpoint_errors(source, "Cannot use the chat template of the checkpoint"):
         processor.apply_chat_template(_QUESTION, add_generation_prompt=True, tokenize=False)
     if not trust_remote_code:
         warn_about_foreign_code(source, revision)
-    return processor
+    return with_image_options(processor, image_options)
 
 
 def check_checkpoint(
     source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> None:
-    """Look at config.json alone, before anything large is read, and refuse what is not in transformers' layout.
+    """Reads config.json only, before anything large, and refuses what is not in transformers' layout.
 
-    Whoever only asks a model takes original checkpoints as well: see `convert.cache.converted_checkpoint`.
+    Inference takes original checkpoints as well: see `convert.cache.converted_checkpoint`.
 
     Raises:
-        ConvLlavaError: `source` is no ConvLLaVA checkpoint, is one of the original code, or asks for code that may not
-            run; the message says so.
+        ConvLlavaError: `source` is not a ConvLLaVA checkpoint, is one of the original code, or asks for code that may
+            not run; the message says so.
     """
     if kind_of_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code) == ORIGINAL:
         raise ConvLlavaError(
@@ -92,13 +100,13 @@ def kind_of_checkpoint(
     if "mm_vision_tower" in config:
         return ORIGINAL
     raise ConvLlavaError(
-        f"{name!r} is no ConvLLaVA checkpoint: its config.json has the model_type {model_type!r}, and "
+        f"{name!r} is not a ConvLLaVA checkpoint: its config.json has the model_type {model_type!r}, and "
         f"{ConvLlavaConfig.model_type!r} is expected."
     )
 
 
 def _check_processor_files(source: str | os.PathLike) -> None:
-    """Refuses a folder that lacks what the processor is made of; transformers would go on without a part of it."""
+    """Refuses a folder that lacks files of the processor; transformers would load it without a part."""
     folder = Path(source)
     if folder.is_dir() and (missing := [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]):
         raise ConvLlavaError(
@@ -114,32 +122,23 @@ def _read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     if path.is_dir():
         config_file = path / "config.json"
         if not config_file.is_file():
-            raise ConvLlavaError(f"{name!r} is no checkpoint: the folder holds no config.json.")
+            raise ConvLlavaError(f"{name!r} is not a checkpoint: the folder has no config.json.")
     else:
         config_file = _fetch_config(name, revision)
-    try:
-        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvLlavaError(f"{str(config_file)!r} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConvLlavaError(f"{str(config_file)!r} holds no JSON object, so it is no model's configuration.")
-    return config
+    return read_json_object(Path(config_file), f"The checkpoint {name!r}")
 
 
 def _fetch_config(name: str, revision: str | None = None) -> str:
+    if not is_repo_id(name):
+        raise ConvLlavaError(f"There is no folder {name!r}, and it is not the id of a model on the Hub (owner/name).")
     try:
-        validate_repo_id(name)
-    except HFValidationError:
-        repo_like = False
-    else:
-        repo_like = "/" in name and not name.startswith((".", "~"))
-    if not repo_like:
-        raise ConvLlavaError(f"There is no folder {name!r}, and it is no model's id on the Hub (owner/name) either.")
-    try:
-        return cached_file(name, "config.json", revision=revision)
+        found = cached_file(name, "config.json", revision=revision)
+        if found is None:
+            raise OSError("it has no config.json")
+        return found
     except OSError as error:
         raise ConvLlavaError(
-            f"There is no folder {name!r}, and no model of that id could be read from the Hub: {first_line(error)}"
+            f"There is no folder {name!r}, and no model with that id could be read from the Hub: {first_line(error)}"
         ) from error
 
 
@@ -190,7 +189,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What bitsandbytes is to do.
+    """The configuration of bitsandbytes.
 
     Raises:
         ConvLlavaError: the name is none of `QUANTIZATIONS`, or bitsandbytes is not installed.

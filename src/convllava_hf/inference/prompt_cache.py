@@ -1,4 +1,4 @@
-"""What earlier turns of a conversation have worked out, kept so that later turns need not do it again."""
+"""What earlier turns of a conversation computed, kept so that later turns need not compute it again."""
 
 import copy
 import hashlib
@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .modeling.modeling_convllava import _CACHE, ConvLlavaForConditionalGeneration
-from .modeling.processing_convllava import ConvLlavaProcessor
+from ..modeling.modeling_convllava import _CACHE, ConvLlavaForConditionalGeneration
+from ..modeling.processing_convllava import ConvLlavaProcessor
 
 
 _IMAGES = 16  # whose visual tokens are kept; those of a 7B model are 4.7 MB for an image of 1536 x 1536
@@ -33,10 +33,10 @@ class EncodedImage:
 class PromptCache:
     """Visual tokens of the latest images, and keys and values of the latest conversation.
 
-    Images are told apart by their pixels. Keys and values are reused for the longest beginning that a new
-    prompt has in common with the latest one and its answer, so conversations may branch, start over or alternate: the
-    answers are those of a model without a prompt cache. Layers that keep only a window of the latest tokens, or states
-    of another kind, cannot be set back to an earlier token; models with such layers keep the visual tokens only.
+    Images are identified by their pixels. Keys and values are reused for the longest prefix that a new prompt shares
+    with the latest one and its answer, so conversations may branch, start over or alternate: the answers are those
+    of a model without a prompt cache. Layers that keep only a window of the latest tokens, or states
+    of another kind, cannot be cropped to an earlier token; models with such layers keep the visual tokens only.
 
     A prompt cache belongs to one model with fixed weights, and to one thread at a time.
     """
@@ -52,7 +52,7 @@ class PromptCache:
 
 
 class CachedPrompt:
-    """One prompt's use of a prompt cache: prepares the images that are new, then tells what is left to compute."""
+    """One prompt's use of a prompt cache: prepares the images that are new, then says what is left to compute."""
 
     def __init__(self, prompt_cache: PromptCache, processor: ConvLlavaProcessor):
         self.prompt_cache = prompt_cache
@@ -69,7 +69,8 @@ class CachedPrompt:
     def __call__(self, images, **kwargs) -> dict[str, list[tuple[int, int]]]:
         """`image_sizes` of all images; those not seen before are prepared as the image processor does it."""
         opened = _flat(self._image_processor.fetch_images(images))
-        self.keys = [_key(image, kwargs) for image in opened]
+        ways = (self._image_processor.image_sizing(), sorted(kwargs.items()))
+        self.keys = [_key(image, ways) for image in opened]
         for key, image in zip(self.keys, opened, strict=True):
             if key not in self.prompt_cache.images and key not in self._new:
                 prepared = self._image_processor(image, **{**kwargs, "return_tensors": "pt"})
@@ -92,7 +93,8 @@ class CachedPrompt:
             if key in self._new:
                 pixels, size = self._new.pop(key)
                 pixels = pixels.to(model.device, model.dtype)
-                prompt_cache.images[key] = EncodedImage(size, model.get_image_features(pixels).pooler_output[0])
+                features: Any = model.get_image_features(pixels)
+                prompt_cache.images[key] = EncodedImage(size, features.pooler_output[0])
             prompt_cache.images.move_to_end(key)
         while len(prompt_cache.images) > max(_IMAGES, len(set(self.keys))):
             prompt_cache.images.popitem(last=False)
@@ -100,18 +102,15 @@ class CachedPrompt:
         self._token_keys = _token_keys_of(
             inputs["input_ids"][0].tolist(), model.config.image_token_id, self.keys, prompt_cache
         )
-        kept = _common_beginning(
-            prompt_cache._token_keys, self._token_keys[:-1]
-        )  # the last token's logits are wanted: not kept
-        cache, prompt_cache._cache = (
-            prompt_cache._cache,
-            None,
-        )  # whatever interrupts the generation leaves it in no known state
+        # The last token's logits are needed, so it is always computed.
+        kept = _common_beginning(prompt_cache._token_keys, self._token_keys[:-1])
+        # The old cache is dropped first: a generation that is interrupted leaves the cache in an unknown state.
+        cache, prompt_cache._cache = prompt_cache._cache, None
         self.reused = kept if cache is not None else 0
         left = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        if self.reused:
+        if cache is not None and self.reused:
             if len(prompt_cache._token_keys) > kept:
-                cache.crop(kept - len(prompt_cache._token_keys))  # negative: so many tokens less
+                cache.crop(kept - len(prompt_cache._token_keys))  # negative: the number of tokens to remove
             left[_CACHE] = cache
         passed = sum(isinstance(token_key, tuple) for token_key in self._token_keys[: self.reused])
         tokens = [prompt_cache.images[key].tokens for key in self.keys]
@@ -120,7 +119,7 @@ class CachedPrompt:
         return left
 
     def keep(self, output) -> None:
-        """Remembers what `generate` returned, where it can be set back to an earlier token later."""
+        """Keeps what `generate` returned, if it can be cropped to an earlier token later."""
         cache = getattr(output, _CACHE)
         if cache is None or not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])):
             return
@@ -132,7 +131,7 @@ class CachedPrompt:
 def _token_keys_of(
     token_ids: Sequence[int], image_token_id: int, keys: Sequence[str], prompt_cache: PromptCache
 ) -> list:
-    """What stands at each position: a token's id, or for a visual token its image and its place in it."""
+    """What is at each position: a token's id, or for a visual token its image and its place in it."""
     visual = [(key, place) for key in keys for place in range(len(prompt_cache.images[key].tokens))]
     waiting = iter(visual)
     return [next(waiting, token) if token == image_token_id else token for token in token_ids]
@@ -149,9 +148,9 @@ def _flat(images) -> list:
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _key(image, options: Mapping[str, Any]) -> str:
-    """Tells images, and ways to look at them, apart by all that decides what the tower sees."""
-    digest = hashlib.sha256(repr(sorted(options.items())).encode())
+def _key(image, ways: tuple) -> str:
+    """Identifies an image and how it is prepared, by everything that decides what the tower sees."""
+    digest = hashlib.sha256(repr(ways).encode())
     if isinstance(image, Image.Image):
         facts = {name: value for name, value in image.info.items() if isinstance(value, (str, bytes, int, tuple))}
         palette = image.getpalette() if image.mode in ("P", "PA") else None

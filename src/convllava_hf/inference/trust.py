@@ -1,8 +1,8 @@
 """Whether Python code that comes with a checkpoint may run: decided here, for every command and every recipe.
 
 ConvLLaVA's classes are this package's, so a checkpoint needs no code to be loaded. transformers' Auto classes run code
-of a checkpoint in two cases: with `trust_remote_code=True`, and, where nothing is said, after asking on the terminal.
-So everything that loads from a checkpoint says it outright, and only where the person has asked for it
+of a checkpoint in two cases: with `trust_remote_code=True`, and, where it is not given, after asking on the terminal.
+So everything that loads from a checkpoint passes it explicitly, and only where the user has asked for it
 (`--trust-remote-code`, or `trust_remote_code: true` in a recipe) do the Auto classes come in.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .errors import ConvLlavaError
+from ..errors import ConvLlavaError
 
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,9 @@ _GENERATE = "custom_generate/generate.py"
 _FLAG = "--trust-remote-code"
 
 
-def from_checkpoint(native, auto, source: str | os.PathLike, *, trust_remote_code: bool = False, **options):
+def from_checkpoint(
+    native: Any, auto: Any, source: str | os.PathLike, *, trust_remote_code: bool = False, **options: Any
+) -> Any:
     """What a checkpoint holds, by this package's class, or, with the code trusted, by what the checkpoint names.
 
     Args:
@@ -43,7 +45,7 @@ def from_checkpoint(native, auto, source: str | os.PathLike, *, trust_remote_cod
 def foreign_code(source: str | os.PathLike, revision: str | None = None) -> list[str]:
     """The classes that a checkpoint's files name in code that is not this package's, each with its file.
 
-    Nothing is said about a module of our own name: that one is never run without being trusted, and needs not be.
+    Nothing is said about a module of our own name: it is never run without being trusted, and need not be.
     """
     found: dict[str, None] = {}
     for name in AUTO_MAP_FILES:
@@ -54,7 +56,7 @@ def foreign_code(source: str | os.PathLike, revision: str | None = None) -> list
 
 
 def check_code(name: str, config: Mapping[str, Any], trust_remote_code: bool = False, never: bool = False) -> None:
-    """Refuses code that transformers would run whatever it was told.
+    """Refuses code that transformers would run even without `trust_remote_code`.
 
     That is an attention which is a kernel on the Hub, and, with some versions of transformers, a function in the
     checkpoint's folder that takes the place of `generate`.
@@ -87,12 +89,12 @@ def explain_refusal(error: Exception, source: str | os.PathLike, revision: str |
         return None
     return (
         f"The checkpoint {os.fspath(source)!r} needs code of its own ({'; '.join(found)}), which is not run unless "
-        f"{_FLAG} is given. Read that code first: it can do whatever you can."
+        f"{_FLAG} is given. Read that code first: it can do anything that you can."
     )
 
 
 def warn_about_foreign_code(source: str | os.PathLike, revision: str | None = None) -> None:
-    """Says that code was left aside, where a checkpoint has loaded without it."""
+    """Warns that a checkpoint's code was not run, where the checkpoint has loaded without it."""
     if found := foreign_code(source, revision):
         logger.warning(
             "The checkpoint %s names code of its own, which was not run (%s): this package's classes take its place. "
@@ -104,10 +106,10 @@ def warn_about_foreign_code(source: str | os.PathLike, revision: str | None = No
 
 
 def pickled_code(source: str | os.PathLike) -> str:
-    """What to say where torch has refused a file that is no mere tensors; it advises to read it nevertheless."""
+    """The message for a file that torch refused as more than tensors; torch's own advises to read it anyway."""
     return (
         f"A PyTorch file of {os.fspath(source)!r} holds more than tensors and numbers, which could be code that runs "
-        "when it is read, so it was not read. Ask whoever made it for safetensors."
+        "when it is read, so it was not read. Ask its author for safetensors."
     )
 
 
@@ -125,7 +127,7 @@ def references(value: Any) -> Iterator[str]:
 
 
 def _read_json(source: str | os.PathLike, name: str, revision: str | None) -> Any:
-    """A JSON file of a checkpoint; `None` where it is missing or broken, which is for others to complain about."""
+    """A JSON file of a checkpoint; `None` if it is missing or broken, which others report."""
     if Path(source).is_dir():
         path = Path(source) / name
     else:

@@ -78,7 +78,7 @@ SMALL_SCREEN = """
 
 
 def plain(text: object, width: int | None = None) -> str:
-    """A model's words on one line: what cannot be shown becomes a blank, and what is too long is cut.
+    """A text on one line: what cannot be printed becomes a space, and what is too long is cut.
 
     Args:
         width: most characters.

@@ -1,4 +1,4 @@
-"""Checkpoints whose files are damaged or edited: transformers and tokenizers say so by almost any exception."""
+"""Checkpoints with damaged or edited files: transformers and tokenizers raise almost any exception for them."""
 
 import contextlib
 import logging
@@ -9,13 +9,13 @@ from huggingface_hub import errors as hub_errors
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 
-from .device_memory import is_out_of_memory
-from .errors import ConvLlavaError, first_line
+from ..errors import ConvLlavaError, first_line
+from ..utils.device_memory import is_out_of_memory
 
 
 logger = logging.getLogger(__name__)
 
-# What reading a file of a wrong shape comes to in libraries that do not look at it first.
+# What libraries raise when they read a file of an unexpected structure without checking it first.
 _ERRORS = (
     OSError,
     ValueError,
@@ -52,7 +52,7 @@ _NUMBERS = (
 
 @contextlib.contextmanager
 def wrap_checkpoint_errors(source: str | os.PathLike, what: str = "Cannot load the checkpoint") -> Iterator[None]:
-    """To be put round calls that do nothing but read and interpret a checkpoint's files.
+    """For calls that do nothing but read and interpret a checkpoint's files.
 
     Raises:
         ConvLlavaError: names the checkpoint. The cause, with its traceback, is logged as debugging information.
@@ -81,7 +81,7 @@ def _damaged(error: Exception, source: str | os.PathLike, what: str) -> ConvLlav
 
 
 def check_generation_config(config, tokens: int, source: str | os.PathLike) -> None:
-    """Refuses what `generate` would stumble over.
+    """Refuses values with which `generate` would fail.
 
     Args:
         config: transformers' `GenerationConfig`.

@@ -1,4 +1,4 @@
-"""Ways to run the vision tower faster, for inference alone: what they are, and where each one works.
+"""Vision backends: ways to run the vision tower faster, for inference only, and where each one works.
 
 Measured in benchmarks/README.md, with the change in features that each costs.
 """
@@ -15,17 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import ConvLlavaError
+from ..errors import ConvLlavaError
+from ..modeling.modeling_convllava import ConvLlavaVisionTower
+from ..options import VISION_BACKENDS
 
 
-VISION_BACKENDS = {
-    "eager": "as transformers runs it",
-    "fused": "bias, GELU and layer scale within the matrix products (CPU, bfloat16)",
-    "int8": "matrix products of 8-bit integers, features change a little (CPU with AVX512-VNNI or AMX)",
-    "channels-last": "convolutions on pixels whose channels lie together (any device)",
-    "compiled": "channels-last and torch.compile: a compilation for each new size of image (any device)",
-    "cuda-graphs": "compiled, and each size of image recorded as one launch (CUDA)",
-}
 _COMPILERS = ("g++", "clang++", "c++")
 _TRITON_COMPILERS = ("gcc", "clang", "cc")
 # torch.compile gives up after 8 compilations of one function, and goes on without compiling; all stages share theirs,
@@ -36,24 +30,25 @@ _Locks = functools.partial(collections.defaultdict, threading.Lock)
 
 
 def choose_vision_backend(device: torch.device, dtype: torch.dtype, tower: str | None = None) -> str:
-    """The way asked for, or the fastest that changes features by rounding alone and needs no time to start.
+    """The backend asked for, or the fastest that changes features only by rounding and needs no time to start.
 
     Raises:
-        ConvLlavaError: there is no such way, or this device, dtype or build of torch cannot take it.
+        ConvLlavaError: there is no such backend, or it does not work with this device, dtype or build of torch.
     """
     if tower is None:
         return "fused" if _why_not("fused", device, dtype) is None else "eager"
     if tower not in VISION_BACKENDS:
-        raise ConvLlavaError(f"The tower can be run {', '.join(VISION_BACKENDS)}, and not {tower!r}.")
+        raise ConvLlavaError(f"Unknown vision backend {tower!r}: choose one of {', '.join(VISION_BACKENDS)}.")
     if reason := _why_not(tower, device, dtype):
         raise ConvLlavaError(
-            f"The tower cannot be run {tower!r} here: {reason}. Choose another of {', '.join(VISION_BACKENDS)}."
+            f"The vision backend {tower!r} cannot be used here: {reason}. Choose another of "
+            f"{', '.join(VISION_BACKENDS)}."
         )
     return tower
 
 
 def _why_not(tower: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is lacking for this way; `None` where it works."""
+    """What this backend lacks here; `None` if it works."""
     if tower == "cuda-graphs" and device.type != "cuda":
         return f"it needs CUDA, and the device is {device}"
     if tower in ("fused", "int8"):
@@ -84,10 +79,10 @@ def _why_not(tower: str, device: torch.device, dtype: torch.dtype) -> str | None
 
 
 @torch.no_grad()
-def optimize_vision_tower(vision_tower: nn.Module, tower: str) -> None:
-    """Change a `ConvLlavaVisionTower` in place, so that it runs one of `VISION_BACKENDS`.
+def optimize_vision_tower(vision_tower: ConvLlavaVisionTower, tower: str) -> None:
+    """Changes a `ConvLlavaVisionTower` in place, so that it uses one of `VISION_BACKENDS`.
 
-    It can be neither trained nor saved afterwards, but for "eager" and "channels-last".
+    Afterwards it can be neither trained nor saved, except with "eager" and "channels-last".
 
     Raises:
         ConvLlavaError: see `choose_vision_backend`; or the tower was changed before.
@@ -97,15 +92,15 @@ def optimize_vision_tower(vision_tower: nn.Module, tower: str) -> None:
     layers = _layers(vision_tower)
     if tower in ("fused", "int8") and not has_unmodified_linears(vision_tower):
         raise ConvLlavaError(
-            f"The tower cannot be run {tower!r}: its matrix products are quantized, or were replaced before. Load a "
-            "checkpoint whose tower is not quantized, and change it once."
+            f"The vision backend {tower!r} cannot be used: the tower's matrix products are quantized or were replaced "
+            "before. Load a checkpoint whose tower is not quantized, and change it once."
         )
     if tower == "fused":
         _replace_products(layers, vision_tower.config.hidden_act, FusedLinear)
     elif tower == "int8":
         _replace_products(layers, vision_tower.config.hidden_act, Int8Linear)
     elif tower in ("channels-last", "compiled", "cuda-graphs"):
-        vision_tower.to(memory_format=torch.channels_last)
+        vision_tower.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         vision_tower.register_forward_pre_hook(_channels_last, with_kwargs=True)
     if tower == "compiled":
         _compile(vision_tower, None)
@@ -113,14 +108,15 @@ def optimize_vision_tower(vision_tower: nn.Module, tower: str) -> None:
         _compile(vision_tower, "reduce-overhead")
 
 
-def has_unmodified_linears(vision_tower: nn.Module) -> bool:
+def has_unmodified_linears(vision_tower: ConvLlavaVisionTower) -> bool:
     """Whether all matrix products of the blocks are torch's own, neither quantized nor replaced."""
     products = [linear for layer in _layers(vision_tower) for linear in (layer.pwconv1, layer.pwconv2)]
     return all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in products)
 
 
-def _layers(vision_tower: nn.Module) -> list[nn.Module]:
-    return [layer for stage in vision_tower.encoder.stages for layer in stage.layers]
+def _layers(vision_tower: ConvLlavaVisionTower) -> list[Any]:
+    stages: Any = vision_tower.encoder.stages
+    return [layer for stage in stages for layer in stage.layers]
 
 
 def _channels_last(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -130,7 +126,7 @@ def _channels_last(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     return (args[0].contiguous(memory_format=torch.channels_last), *args[1:]), kwargs
 
 
-def _compile(vision_tower: nn.Module, mode: str | None) -> None:
+def _compile(vision_tower: ConvLlavaVisionTower, mode: str | None) -> None:
     """Compiles embeddings and stages; what looks at the sizes of single images stays in Python."""
     for module in (vision_tower.embeddings, *vision_tower.encoder.stages):
         module.compile(mode=mode, dynamic=False)
@@ -185,7 +181,7 @@ def _share_graphs() -> None:
         setattr(local, name, _GRAPHS[name])
 
 
-def _replace_products(layers: list[nn.Module], activation: str, kind: type) -> None:
+def _replace_products(layers: list[Any], activation: str, kind: type) -> None:
     """The two products of every block by faster ones; the second takes the layer scale into its weights."""
     for layer in layers:
         fuses = activation == "gelu"

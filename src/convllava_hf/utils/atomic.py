@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or as they were before, and locks that tell the living from the dead.
+"""Files and folders that are written whole or not at all, and locks that show whether their writer still runs.
 
 A lock is a file that a process holds open (`flock`). The system releases it when the process ends, however it ends, so
-what lies under a lock that nobody holds was left by a dead process. Where there are no such locks (Windows, some
-network file systems), nothing is refused and nothing is cleared.
+what is found under a released lock was left by a process that ended early. Where there are no such locks (Windows,
+some network file systems), nothing is refused and nothing is removed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ConvLlavaError
+from ..errors import ConvLlavaError
 
 
 try:
@@ -38,12 +38,12 @@ _held: set[int] = set()  # file descriptors of locks
 
 
 class BusyError(ConvLlavaError):
-    """Another living process has the lock."""
+    """Another running process has the lock."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[bool]:
-    """Holds a lock file meanwhile, and removes it afterwards; yields whether the file system has locks.
+    """Holds a lock file during the block, and removes it afterwards; yields whether the file system has locks.
 
     Args:
         path: the lock file.
@@ -57,7 +57,7 @@ def locked(path: Path, what: str) -> Iterator[bool]:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is another's no more
+            path.unlink(missing_ok=True)  # while it is held: a process that waits for it sees that it was removed
             _release(descriptor)
 
 
@@ -84,10 +84,12 @@ def _take(path: Path, what: str) -> int | None:
         if _is_at(descriptor, path):
             _held.add(descriptor)
             return descriptor
-        os.close(descriptor)  # its holder removed it meanwhile
+        os.close(descriptor)  # its holder has removed it
 
 
 def _lock(descriptor: int) -> bool:
+    if fcntl is None:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,15 +123,15 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def replacing_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place if the block succeeds, and vanishes if it does not.
+    """A temporary folder next to `output` that replaces it if the block succeeds, and is removed if it does not.
 
     At every moment `output` is the old folder or the new one, whole, where the file system can exchange two names;
-    elsewhere it is missing for an instant, and a process that dies in it leaves the old folder beside, which the next
-    call here puts back. What dead processes have left beside `output` is cleared.
+    elsewhere it is missing for an instant, and a process that dies then leaves the old folder next to it, which the
+    next call puts back. What dead processes have left next to `output` is removed.
 
     Raises:
         BusyError: another process is in such a block for the same `output`.
-        ConvLlavaError: `output` was not there at first, and somebody else has made it meanwhile.
+        ConvLlavaError: `output` did not exist at first, and another program has created it since.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock_next_to(output):
@@ -145,7 +147,7 @@ def replacing_folder(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock_next_to(folder: Path) -> Iterator[None]:
-    """Makes this process the only one that writes `folder` meanwhile; the folder that it is in must be there.
+    """Makes this process the only one that writes `folder` during the block; its parent folder must exist.
 
     What a process that died while it replaced the folder has left is put back first, and the rest is cleared.
 
@@ -173,7 +175,7 @@ def _hidden(path: Path, suffix: str) -> Path:
 
 
 def _clear_up(output: Path) -> None:
-    """Puts back and clears what dead processes have left beside a folder. To be called under its lock."""
+    """Puts back and removes what dead processes have left next to a folder. To be called under its lock."""
     beginning = _hidden(output, "").name
     left: dict[str, list[Path]] = {"old": [], "partial": []}
     for path in output.parent.iterdir():
@@ -196,7 +198,9 @@ def _move_into_place(temporary: Path, output: Path, existed: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise ConvLlavaError(f"{output} was made by another program meanwhile, and is left alone.") from error
+            raise ConvLlavaError(
+                f"Another program has created {output} in the meantime: it is left as it is."
+            ) from error
     elif not _rename(temporary, output, exchange=True):
         old = temporary.with_suffix(".old")
         output.rename(old)
@@ -232,13 +236,13 @@ def _rename(source: Path, target: Path, exchange: bool) -> bool:
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
-    """Writes a file; it is there whole or as it was before. What a dead process left of an earlier try is cleared.
+    """Writes a file whole or not at all. What a dead process left of an earlier attempt is removed.
 
     Raises:
         OSError: with the file's name, also where the disk is full.
     """
     if os.path.lexists(path) and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "There is something that is no file", str(path))
+        raise FileExistsError(errno.EEXIST, "There is something that is not a file", str(path))
     path = Path(os.path.realpath(path))  # a link to a file stays one
     _clear_partial_files(path)
     while True:
@@ -275,7 +279,7 @@ def _clear_partial_files(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the file that was being written in an error of the system that names none, or another."""
+    """Adds the name of the file that was being written to a system error that names none, or another."""
     try:
         yield
     except OSError as error:
@@ -286,7 +290,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """An empty folder for this user alone, which vanishes afterwards. Those of dead processes are cleared first."""
+    """An empty folder for this user only, removed afterwards. Those of dead processes are removed first."""
     root = Path(tempfile.gettempdir())
     _clear_temporary_folders(root, prefix)
     while True:
@@ -320,7 +324,7 @@ def _clear_temporary_folders(root: Path, prefix: str) -> None:
 
 
 def check_destination(path: str | os.PathLike, what: str) -> Path:
-    """The place to write to, if it is one where a person's files belong.
+    """The path to write to, if it is one where a user's files belong.
 
     Args:
         what: the option that names it, for messages.

@@ -1,4 +1,4 @@
-"""What Ctrl-C and a termination signal do to the command line: no traceback, and nothing half-made is left."""
+"""What Ctrl-C and a termination signal do to the command line: no traceback, and nothing incomplete is left."""
 
 import contextlib
 import os
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 
 
 def _leave(number, frame) -> None:
-    """Ends the process at once. While modules are imported there is nothing to clear up, and an exception in the midst
-    of an import reaches code that turns it into another."""
+    """Ends the process at once: during imports there is nothing to clean up, and some code that is imported turns an
+    exception into another."""
     os._exit(128 + number)
 
 
 def exit_quietly() -> None:
-    """From now on Ctrl-C ends the process without a word; to be called before anything large is imported."""
+    """From now on Ctrl-C ends the process silently; to be called before anything large is imported."""
     if _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
 
 @contextlib.contextmanager
 def cleanup_on_signals() -> Iterator[None]:
-    """Meanwhile Ctrl-C raises `KeyboardInterrupt` and a termination signal `SystemExit`, so temporary files go."""
+    """In the block Ctrl-C raises `KeyboardInterrupt` and a termination signal `SystemExit`: temporary files go."""
     before = {}
     if _is_main_thread():
         if signal.getsignal(signal.SIGINT) is _leave:
@@ -40,7 +40,7 @@ def _terminating(process: int):
     def terminate(number, frame) -> None:
         if os.getpid() == process:
             sys.exit(128 + number)
-        signal.signal(number, signal.SIG_DFL)  # a forked worker: its parent clears up
+        signal.signal(number, signal.SIG_DFL)  # a forked worker: its parent cleans up
         os.kill(os.getpid(), number)
 
     return terminate

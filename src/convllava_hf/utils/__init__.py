@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models: files, texts, logging, signals. Importing them loads nothing heavy."""
