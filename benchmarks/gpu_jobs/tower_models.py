@@ -10,11 +10,11 @@ import torch
 from job import Context, milliseconds
 from torch import nn
 
+from convllava_hf.inference.vision_backends import optimize_vision_tower
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
 from convllava_hf.profiling.machine import product
 from convllava_hf.profiling.measuring import operations
 from convllava_hf.profiling.models import built, tower_config
-from convllava_hf.vision_backends import optimize_vision_tower
 
 
 DTYPE = torch.bfloat16

@@ -63,7 +63,7 @@ def plan_of(name: str, path, **kwargs):
     return plan_samples(open_source(benchmark, path), benchmark.prompt, **kwargs)
 
 
-def test_every_benchmark_of_the_issue_is_there():
+def test_every_benchmark_has_a_made_up_row_and_its_first_question():
     assert set(BENCHMARKS) == set(ROWS) == set(FIRST)
 
 
@@ -124,7 +124,7 @@ def test_ocr_tokens_are_an_option_of_textvqa_alone():
     assert sample.prompt == "what is written on sign number 3?\nReference OCR token: EXIT, 3" + SHORT
     with pytest.raises(ConvLlavaError, match="OCRBench has no OCR tokens"):
         find_benchmark("ocrbench").prompt_with_words  # noqa: B018
-    with pytest.raises(ConvLlavaError, match="no benchmark 'textvqaa': choose of textvqa, docvqa"):
+    with pytest.raises(ConvLlavaError, match="no benchmark 'textvqaa': choose one of textvqa, docvqa"):
         find_benchmark("textvqaa")
 
 

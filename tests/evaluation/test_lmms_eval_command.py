@@ -16,7 +16,7 @@ from helpers.tiny_models import ask, make_image
 
 from convllava_hf.cli import main
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.evaluation.batches import likelihoods
+from convllava_hf.evaluation.engine import score_batch
 from convllava_hf.evaluation.metrics import textvqa_accuracy
 from convllava_hf.inference import Assistant, load, user_turn
 
@@ -118,8 +118,8 @@ def rows(assistant) -> list[dict]:
     for number in range(7):
         image, question = make_image(60 + 7 * number, 80, seed=number), "What is this" + " really" * (number % 3)
         answer = assistant.answer([user_turn(question + SHORT, [image])], max_new_tokens=32).text
-        found = likelihoods(assistant, [ask(question, image)] * 4, OPTIONS)
-        best = min(range(4), key=lambda index: found[index].loss)
+        (reply,) = score_batch(assistant, [ask(question, image)], [OPTIONS])
+        best = max(range(4), key=lambda index: reply.likelihoods[index].log_likelihood)
         agreed = 3 * number % 11
         rows.append(
             {

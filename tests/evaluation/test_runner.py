@@ -23,9 +23,10 @@ from convllava_hf import cli  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.evaluation import runner  # noqa: E402
 from convllava_hf.evaluation.benchmarks import BENCHMARKS  # noqa: E402
+from convllava_hf.evaluation.engine import Reply, continuation_ids, score_options  # noqa: E402
 from convllava_hf.evaluation.metrics import textvqa_accuracy  # noqa: E402
 from convllava_hf.evaluation.prediction_log import PredictionLog, merge_shards, read_rows  # noqa: E402
-from convllava_hf.evaluation.predictor import Predictor, Reply, continuation_ids, option_log_likelihoods  # noqa: E402
+from convllava_hf.evaluation.predictor import Predictor  # noqa: E402
 from convllava_hf.evaluation.run_settings import Model, Settings  # noqa: E402
 from convllava_hf.evaluation.runner import evaluate  # noqa: E402
 from convllava_hf.evaluation.samples import Sample  # noqa: E402
@@ -70,7 +71,7 @@ def scripted(monkeypatch):
 
         def ask(self, batch):
             asked.extend(sample.id for sample in batch.samples)
-            return [Reply(answer(sample), 10, 4, 1) for sample in batch.samples]
+            return [Reply(answer(sample), 10, 4, [2]) for sample in batch.samples]
 
         monkeypatch.setattr(Predictor, "predict", ask)
         return asked
@@ -136,10 +137,12 @@ def test_likelihoods_are_those_of_whole_conversations(run, assistant, tmp_path):
 def test_options_of_different_number_and_length_in_a_batch(assistant):
     inputs = prompt_inputs(assistant.processor, [ask("One?", make_image(seed=1)), ask("Which of two?", make_image())])
     options = [[[70], [71, 72, 73]], [[74, 75], [76], [77, 78, 79, 80]]]
-    together = option_log_likelihoods(assistant.model, inputs, options)
-    assert [len(row) for row in together] == [2, 3]
+    together = score_options(assistant, inputs, options)
+    assert [len(reply.likelihoods) for reply in together] == [2, 3]
     alone = prompt_inputs(assistant.processor, [ask("Which of two?", make_image())])
-    assert together[1] == pytest.approx(option_log_likelihoods(assistant.model, alone, options[1:])[0], abs=1e-4)
+    (expected,) = score_options(assistant, alone, options[1:])
+    values = [[one.log_likelihood for one in reply.likelihoods] for reply in (together[1], expected)]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_an_answer_that_shares_a_token_with_its_prompt_is_tokenized_by_itself():
@@ -325,7 +328,7 @@ def test_another_run_in_the_same_folder_is_refused(run, scripted, tmp_path, chec
     (tmp_path / "out" / "mme").mkdir()
     (tmp_path / "out" / "mme" / "mine.txt").write_text("no run")
     for overwrite in (False, True):
-        with pytest.raises(ConvLlavaError, match="is not empty and no run"):
+        with pytest.raises(ConvLlavaError, match="is not empty and (no|not a) run"):
             evaluate(
                 BENCHMARKS["mme"],
                 model,
@@ -432,7 +435,7 @@ def test_too_little_memory_halves_the_batch(run, assistant, tmp_path, monkeypatc
     monkeypatch.setattr(
         Predictor, "predict", lambda self, batch: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
     )
-    with pytest.raises(ConvLlavaError, match="does not hold one sample"):
+    with pytest.raises(ConvLlavaError, match="does not hold one question"):
         run("pope", path, output="none")
 
 

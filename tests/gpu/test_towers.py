@@ -9,8 +9,8 @@ from helpers.tiny_models import make_image, randomized
 
 from convllava_hf import ConvLlavaConfig
 from convllava_hf.inference import load, user_turn
+from convllava_hf.inference.vision_backends import _why_not, optimize_vision_tower
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
-from convllava_hf.vision_backends import _why_not, optimize_vision_tower
 
 from .devices import CUDA, DEVICE, deviation, needs_cuda
 

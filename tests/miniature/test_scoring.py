@@ -5,11 +5,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from convllava_hf.evaluation.metrics import box_iou
 from convllava_hf.miniature.language import KINDS, Question, questions
 from convllava_hf.miniature.scoring import (
     Answered,
     chance,
-    intersection_over_union,
     is_right,
     parse_box,
     score,
@@ -26,19 +26,19 @@ def test_overlap_is_that_of_the_squares_that_both_cover():
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 8, (2, 300, 2))
     boxes = np.concatenate([corners, corners + rng.integers(1, 6, (2, 300, 2))], axis=-1)
-    overlaps = intersection_over_union(*boxes)
+    overlaps = box_iou(*boxes)
     for one, other, overlap in zip(*boxes.tolist(), overlaps, strict=True):
         one, other = covered(one), covered(other)
         assert overlap == pytest.approx(len(one & other) / len(one | other))
     assert 0 < (overlaps == 0).mean() < 1
-    table = intersection_over_union(boxes[0][:5, None], boxes[1][None, :7])
+    table = box_iou(boxes[0][:5, None], boxes[1][None, :7])
     assert table.shape == (5, 7) and np.array_equal(table.diagonal(), overlaps[:5])
 
 
 @pytest.mark.parametrize("box", [(0.5, 0.1, 0.2, 0.3), (0.1, 0.3, 0.2, 0.3), (0.9, 0.9, 0.1, 0.1)])
 def test_a_box_turned_inside_out_overlaps_nothing(box):
-    assert intersection_over_union(box, (0.1, 0.1, 0.5, 0.5)) == 0
-    assert intersection_over_union(box, box) == 0
+    assert box_iou(box, (0.1, 0.1, 0.5, 0.5)) == 0
+    assert box_iou(box, box) == 0
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_somebody_who_commits_in_between_is_not_overwritten(hub):
         hub.commit(REPO, "main", {"README.md": b"Mine."}, [], title="Update README.md")
 
     met = fail_once(hub, "POST", "/commit/main", commit)
-    with pytest.raises(ConvLlavaError, match="meanwhile"):
+    with pytest.raises(ConvLlavaError, match="somebody else just committed"):
         publish({**FILES, "config.json": b"{3}"})
     assert met and hub.files(REPO) == {**FILES, "README.md": b"Mine."}
 
@@ -190,7 +190,7 @@ def test_a_hub_that_does_not_answer_any_more_is_told_apart(hub):
         return 403 if gone else None
 
     hub.fault = choose
-    with pytest.raises(ConvLlavaError, match="cannot be told"):
+    with pytest.raises(ConvLlavaError, match="not known whether the commit arrived"):
         publish()
 
 

@@ -57,7 +57,7 @@ def _quickstart(args: argparse.Namespace) -> int:
     from ..miniature.quickstart import open_run, quickstart
 
     if args.device == "cuda":  # refused before a folder is made
-        from ..loading import choose_device
+        from ..inference.loading import choose_device
 
         choose_device(args.device)
     output = args.output or Path("quickstart")

@@ -76,7 +76,7 @@ def assemble(
     tokenizer = _read_tokenizer(folder)
     image_token_id = add_image_token(tokenizer)
     # Before the weights, which are not needed to find out that a template cannot be trained with.
-    after_bos = prefix_after(tokenizer, tokenizer.bos_token) if tokenizer.bos_token else ""
+    after_bos = prefix_after(tokenizer, str(tokenizer.bos_token)) if tokenizer.bos_token else ""
     template = template_with_images(tokenizer, after_bos, given_template)
     tower = read_tower(vision)
     tower.log_unused()
@@ -86,7 +86,7 @@ def assemble(
     dtype = layout.parse_dtype(dtype, default=text_config.dtype or next(iter(weights.dtypes.values())))
     config = layout.new_config(vision_config, text_config, image_token_id, dtype)
     model = layout.empty_model(config)
-    fresh = FreshWeights(model, len(tower.config.depths), seed)
+    fresh = FreshWeights(model, len(tower.config.depths or ()), seed)
     sources = {"the vision tower": tower.weights, "fresh weights": fresh, "the language model": weights}
     tables = {"the vision tower": tower.table, "fresh weights": SAME_TABLE, "the language model": table}
     plan = layout.plan_weights(model, sources, tables)
@@ -158,8 +158,8 @@ def _vision_config(tower: Tower, resolution: int, depth: int, width: int):
                 **{key: getattr(config, key) for key in ("layer_scale_init_value", "drop_path_rate")},
                 **({"norm_eps": config.norm_eps} if hasattr(config, "norm_eps") else {}),
                 "initializer_range": config.initializer_range,
-                "depths": [*config.depths, depth],
-                "hidden_sizes": [*config.hidden_sizes, width],
+                "depths": [*(config.depths or ()), depth],
+                "hidden_sizes": [*(config.hidden_sizes or ()), width],
                 "num_stages": config.num_stages + 1,
             }
         )

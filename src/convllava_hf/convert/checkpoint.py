@@ -11,7 +11,7 @@ from .checkpoint_files import Weights, locate
 from .original import configuration_errors, read_original_config, text_config_of
 from .templates import vicuna_template
 from .tokenizers import IMAGE_TOKEN, load_original_tokenizer, prefix_after
-from .tower_choice import choose_tower, find_tower
+from .tower_choice import ChosenTower, choose_tower, find_tower
 from .writing import check_output, new_checkpoint_folder, parse_size
 
 
@@ -73,13 +73,9 @@ def convert_checkpoint(
     dtype = layout.parse_dtype(
         dtype or config.get("torch_dtype"), default=next(iter(language_model.dtypes.values()), torch.float32)
     )
-    suffix = prefix_after(tokenizer, IMAGE_TOKEN)
-    template = vicuna_template(prefix_after(tokenizer, tokenizer.bos_token), after_image=suffix)
     with configuration_errors(f"The configuration of {folder} or of its vision tower"):
         _check_size(tower.config, text_config, sum(map(len, (each.dtypes for each in weights.values()))))
-        new = layout.new_config(tower.config, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), dtype)
-        model = layout.empty_model(new)
-        processor = layout.new_processor(new, tokenizer, template, suffix, tower.image_settings)
+        model, processor = _new_model(tower, text_config, tokenizer, dtype)
         generation_config = layout.new_generation_config(folder, text_config, tokenizer, text_config.vocab_size)
     plan = layout.plan_weights(model, weights, tables)
 
@@ -90,6 +86,15 @@ def convert_checkpoint(
         layout.write_weights(new_folder, model, plan, weights, shard_bytes, progress)
         write_record(new_folder, origin={"checkpoint": source, **tower.origin})
     return Path(output)
+
+
+def _new_model(tower: ChosenTower, text_config, tokenizer, dtype: torch.dtype):
+    """The model without its weights, and its processor."""
+    suffix = prefix_after(tokenizer, IMAGE_TOKEN)
+    template = vicuna_template(prefix_after(tokenizer, tokenizer.bos_token), after_image=suffix)
+    config = layout.new_config(tower.config, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), dtype)
+    processor = layout.new_processor(config, tokenizer, template, suffix, tower.image_settings)
+    return layout.empty_model(config), processor
 
 
 def _check_size(tower_config, text_config, weights: int) -> None:

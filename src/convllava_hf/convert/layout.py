@@ -22,7 +22,7 @@ from ..registration import (
 from ..utils.json_files import read_json_object
 from .keys import HEAD, Table, plan_renaming
 from .tokenizers import IMAGE_TOKEN, make_portable
-from .writing import ShardWriter
+from .writing import ShardWriter, WeightSource
 
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def save_all_but_weights(
 
 
 def plan_weights(
-    model: ConvLlavaForConditionalGeneration, sources: Mapping[str, object], tables: Mapping[str, Table]
+    model: ConvLlavaForConditionalGeneration, sources: Mapping[str, WeightSource], tables: Mapping[str, Table]
 ) -> dict[str, tuple[str, str]]:
     """`{name here: (source, name there)}` for all weights, after checking names and shapes.
 
@@ -164,7 +164,7 @@ def write_weights(
     folder: Path,
     model: ConvLlavaForConditionalGeneration,
     plan: dict[str, tuple[str, str]],
-    sources: Mapping[str, object],
+    sources: Mapping[str, WeightSource],
     max_shard_size: int,
     progress: bool,
 ) -> None:

@@ -63,11 +63,13 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn of the assistant as a template wrote it: what comes before the answer, what after it, and the prompt
-    that the model would have been given to generate the answer, `None` if there is none."""
+    """A turn of the assistant as a template wrote it.
+
+    `header`: what comes before the answer. `prompt`: what the model would have been given to generate the answer,
+    `None` if there is nothing.
+    """
 
     header: str
-    rest: str
     prompt: str | None
 
 
@@ -239,7 +241,7 @@ def _turns(tokenizer: Any, template: str, loop: _Loop) -> list[_Turn] | None:
             if not there or not any(map(_stops(tokenizer).fullmatch, ends)):
                 return None
             before = text[: text.index(answer) - len(header)]
-            found.append(_Turn(header, rest, _prompt(tokenizer, template, messages[: 2 * number + 1], before)))
+            found.append(_Turn(header, _prompt(tokenizer, template, messages[: 2 * number + 1], before)))
     return found
 
 

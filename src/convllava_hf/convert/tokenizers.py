@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -87,7 +88,7 @@ def sentencepiece_backend(model_file: Path, settings: dict) -> Tokenizer:
     added = _added_tokens(settings, vocabulary, [unk, bos, eos])
     legacy = settings.get("legacy") is not False
     prefixed = proto.normalizer_spec.add_dummy_prefix if legacy else settings.get("add_prefix_space") is not False
-    steps = [normalizers.Prepend(_BLANK)] if prefixed else []
+    steps: list[Any] = [normalizers.Prepend(_BLANK)] if prefixed else []
     steps.append(normalizers.Replace(" ", _BLANK))
     if not legacy and prefixed:
         names = "|".join(re.escape(token.replace(" ", _BLANK)) for token in added)
@@ -160,7 +161,7 @@ def make_portable(folder: Path) -> None:
 
 
 def _tokenizer_settings(folder: Path) -> dict:
-    settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    settings: dict[str, Any] = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             values = read_json_object(folder / name, "The tokenizer")
@@ -177,7 +178,7 @@ def _read_proto(model_file: Path):
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         proto.ParseFromString(model_file.read_bytes())
     except DecodeError:

@@ -127,7 +127,7 @@ def find_tower(source: str | Path, folder: Path, config: dict, asked: str | Path
     for place in named_places(source, folder, config):
         try:
             found = _look(place)
-            if asked == SHARDS:
+            if asked == SHARDS and found.folder is not None:
                 found.weights = _weights_at_hand(found.folder)
                 return found
             described = described or found

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -25,6 +26,7 @@ from ..utils.json_files import read_json_object
 from .checkpoint_files import Weights, locate
 from .keys import CONVNEXT_TABLE, TIMM_TABLE, Table, rename_key
 from .original import tower_config_of
+from .writing import WeightSource
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class Tower:
     """A ConvNeXt to build on: its config, its weights with the table that reads them, and how it sees images."""
 
     config: ConvNextConfig
-    weights: object
+    weights: WeightSource
     table: Table
     image_settings: dict = field(default_factory=dict)
 
@@ -164,7 +166,7 @@ def _read_timm_file(path: Path) -> Tower:
 def _read_timm_model(name: str) -> Tower:
     timm = _import_timm()
     try:
-        model = timm.create_model(name, pretrained=True).eval()
+        model = cast(Any, timm.create_model(name, pretrained=True).eval())
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         raise ConvLlavaError(f"{_WHAT}: timm cannot load {name!r}: {first_line(error)}") from error
     if type(model).__name__ != "ConvNeXt":

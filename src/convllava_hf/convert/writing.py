@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -38,7 +39,7 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     unit = _UNITS.get(match[2].upper()) if match else None
-    number = float(match[1]) * unit if unit else 0
+    number = float(match[1]) * unit if match and unit else 0
     if not 1 <= number < 2**63:
         raise ConvLlavaError(f"max_shard_size is {size!r:.60}; expected a number of bytes or a size such as '2GB'.")
     return int(number)
@@ -108,6 +109,16 @@ class _Shard:
     size: int = 0
 
 
+class WeightSource(Protocol):
+    """Weights that are read by name, one at a time."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> torch.Size: ...
+
+    def tensors(self, wanted: Any) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+
 class ShardWriter:
     """Writes safetensors shards one tensor at a time, so that memory does not grow with the shards' size.
 
@@ -139,7 +150,7 @@ class ShardWriter:
         ]
         self._pending = [(index, name) for index, shard in enumerate(shards) for name in shard.tensors]
         self._pending.reverse()
-        self._file = None
+        self._file: BinaryIO | None = None
         self._open_shard = -1
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -154,11 +165,10 @@ class ShardWriter:
             raise ValueError(
                 f"The next tensor to write is {expected} of shape {shape}, not {name} of {tuple(tensor.shape)}."
             )
-        if index != self._open_shard:
-            self._begin(index)
+        file = self._begin(index) if self._file is None or index != self._open_shard else self._file
         data = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
         with naming(self.folder / self._names[index]):
-            self._file.write(memoryview(data.view(torch.uint8).numpy()))
+            file.write(memoryview(data.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
 
     def finish(self) -> None:
         """Closes the last shard and writes the index, where there is more than one.
@@ -183,7 +193,7 @@ class ShardWriter:
             with naming(Path(file.name)):
                 file.close()
 
-    def _begin(self, index: int) -> None:
+    def _begin(self, index: int) -> BinaryIO:
         self.close()
         header: dict = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -197,7 +207,8 @@ class ShardWriter:
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-        self._file = open(self.folder / self._names[index], "wb")  # noqa: SIM115 (closed with the next shard)
-        with naming(Path(self._file.name)):
-            self._file.write(struct.pack("<Q", len(text)) + text)
-        self._open_shard = index
+        file = open(self.folder / self._names[index], "wb")  # noqa: SIM115 (closed with the next shard)
+        self._file, self._open_shard = file, index
+        with naming(Path(file.name)):
+            file.write(struct.pack("<Q", len(text)) + text)
+        return file

@@ -1,7 +1,7 @@
-"""How good a checkpoint is: benchmarks, metrics, runs, and the doors to other projects' evaluations."""
+"""How good a checkpoint is: benchmarks, metrics, runs, and models for other projects' evaluations."""
 
 from pathlib import Path
 
 
-# Of our metrics as modules for `evaluate.load(str(MODULES / "anls"))`, a folder each.
+# Our metrics as modules of the `evaluate` library, one folder each: `evaluate.load(str(MODULES / "anls"))`.
 MODULES = Path(__file__).with_name("evaluate_modules")

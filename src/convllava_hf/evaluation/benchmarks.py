@@ -1,4 +1,6 @@
-"""The benchmarks: a short description each of the data set on the Hub, what is said to the model, and what is right.
+"""The benchmarks: for each, its data set on the Hub, what the model is asked, and which answers are right.
+
+To add a benchmark, write the function that reads a row and add an entry to `_ALL`: nothing else names it.
 
 Prompts are those of LLaVA-1.5's evaluation (arXiv 2310.03744, appendix), in whose format ConvLLaVA was trained.
 Columns are those of the data sets as lmms-lab (OCRBench: echo840) has them on the Hub.
@@ -59,10 +61,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark asks and how it is judged.
+    """What a benchmark asks and how it is scored.
 
     `name`: as the command line takes it. `title`: as the paper's table has it. `dataset`, `config`, `split`: on the
-    Hub. `read`: what a row asks; `None` for rows that do not belong to it. `columns`: that the rows must have, beside
+    Hub. `read`: what a row asks; `None` for rows that do not belong to it. `columns`: that the rows must have, besides
     `image`. `prompt`: what is said, with the places of `question`, `options` and `words`. `metric`: its name.
     `has_choices`: whether options' likelihoods can decide.
     """
@@ -85,7 +87,7 @@ class Benchmark:
     note: str | None = None  # what else decides the score
 
     def samples_of(self, row: Mapping[str, Any], number: int, prompt: str) -> list[Sample]:
-        """What a row asks, in words.
+        """What a row asks, in the words of a prompt.
 
         Args:
             number: of the row, from 0.
@@ -96,7 +98,7 @@ class Benchmark:
         """
         samples = []
         for asked in self.read(row):
-            words = ", ".join(texts_of(row, self.words_column)) if "{words}" in prompt else ""
+            words = ", ".join(texts_of(row, self.words_column)) if self.words_column and "{words}" in prompt else ""
             options = options_text(asked.choices)
             samples.append(
                 Sample(
@@ -119,10 +121,10 @@ class Benchmark:
         """The prompt with what an OCR system read off the image.
 
         Raises:
-            ConvLlavaError: the benchmark has no such words.
+            ConvLlavaError: the benchmark has no OCR tokens.
         """
         if self.words_column is None:
-            raise ConvLlavaError(f"{self.title} has no OCR tokens; TextVQA alone has. Leave --ocr-tokens out.")
+            raise ConvLlavaError(f"{self.title} has no OCR tokens, only TextVQA does: leave out --ocr-tokens.")
         return _WITH_WORDS
 
 
@@ -132,7 +134,7 @@ def _short(row: Mapping[str, Any], answers: str = "answers", category: str | Non
 
 
 def _people(row: Mapping[str, Any]) -> list[Question]:
-    """VQA v2: what each of ten people answered stands in an object of its own."""
+    """VQA v2: an object for each of ten people's answers."""
     given = row.get("answers")
     if not isinstance(given, list | tuple) or not all(isinstance(one, Mapping) for one in given):
         raise MissingValueError(f"`answers` is {given!r:.80}; expected a list of objects with `answer`.")
@@ -207,7 +209,7 @@ def _seed(row: Mapping[str, Any]) -> list[Question]:
 
 
 def _real_world(row: Mapping[str, Any]) -> list[Question]:
-    """The options stand in the question, and so does how to answer. Some questions have none."""
+    """The question holds the options and how to answer. Some questions have no options."""
     question, answer = text_of(row, "question"), text_of(row, "answer")
     found = _OPTION_LINE.findall(question)
     choices = tuple(text.strip() for _, text in found)
@@ -233,8 +235,12 @@ def _diagram(row: Mapping[str, Any]) -> list[Question]:
 def _referred(row: Mapping[str, Any]) -> list[Question]:
     """A row has several sentences about an object, each a question of its own; its box is left, top, width, height."""
     box = row.get("bbox")
-    numbers = isinstance(box, list | tuple) and all(isinstance(one, int | float) for one in box)
-    if not numbers or len(box) != 4 or min(box[2:]) <= 0:
+    if (
+        not isinstance(box, list | tuple)
+        or not all(isinstance(one, int | float) for one in box)
+        or len(box) != 4
+        or min(box[2:]) <= 0
+    ):
         raise MissingValueError(f"`bbox` is {box!r:.80}; expected left, top, width and height in pixels.")
     left, top, width, height = map(float, box)
     corners = (left, top, left + width, top + height)
@@ -319,12 +325,12 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A benchmark by its name, whatever its case.
+    """A benchmark by its name, in upper or lower case.
 
     Raises:
         ConvLlavaError: there is none of that name.
     """
     found = BENCHMARKS.get(name.strip().lower())
     if found is None:
-        raise ConvLlavaError(f"There is no benchmark {name!r}: choose of {', '.join(BENCHMARKS)}.")
+        raise ConvLlavaError(f"There is no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}.")
     return found

@@ -66,7 +66,7 @@ def compare(one: str | os.PathLike, other: str | os.PathLike) -> list[Comparison
     """
     first, second = find_runs(one), find_runs(other)
     if len(first) == len(second) == 1:
-        pairs = [(*first, *first.values(), *second.values())]
+        pairs = [(name, path, other_path) for name, path in first.items() for other_path in second.values()]
     else:
         pairs = [(name, first[name], second[name]) for name in first if name in second]
     if not pairs:
@@ -102,7 +102,7 @@ def _compare(name: str, first: Path, second: Path) -> Comparison:
 def _compared(name: str, benchmark: Benchmark, records: tuple, ones: list[Row], others: list[Row]) -> Comparison:
     summary = benchmark.summary
     tables = summary.table(ones), summary.table(others)
-    scores = tuple(float(summary.score(table.sums.sum(0))) for table in tables)
+    score_a, score_b = (float(summary.score(table.sums.sum(0))) for table in tables)
     changed = [
         Changed(
             row["id"],
@@ -115,7 +115,7 @@ def _compared(name: str, benchmark: Benchmark, records: tuple, ones: list[Row], 
         if row["score"] != other["score"]
     ]
     changed.sort(key=lambda one: one.scores[0] - one.scores[1])
-    return Comparison(name, records, len(ones), scores, paired_test(*tables, summary.score), changed)
+    return Comparison(name, records, len(ones), (score_a, score_b), paired_test(*tables, summary.score), changed)
 
 
 def _in_both(first: Mapping[str, Row], second: Mapping[str, Row]) -> tuple[list[Row], list[Row]]:
@@ -157,8 +157,8 @@ def comparison_lines(compared: Sequence[Comparison], show: int) -> list[str]:
         width = max(map(len, labels))
         for label, record, score in zip(labels, one.records, one.scores, strict=True):
             low, high = record["interval"]
-            alone = f"alone {record['score']:.2f} ({low:.2f} to {high:.2f}), {record['failures']} failed"
-            lines.append(f"  {label:<{width}}  {score:8.2f}   {alone}, {record['setting']}")
+            whole = f"{record['score']:.2f} ({low:.2f} to {high:.2f}) on all samples, {record['failures']} failed"
+            lines.append(f"  {label:<{width}}  {score:8.2f}   {whole}, {record['setting']}")
         low, high = one.test.interval
         lines.append(
             f"  B less A: {one.test.difference:+.2f} ({low:+.2f} to {high:+.2f}), p = {one.test.p_value:.2g} "

@@ -24,7 +24,7 @@ NUMBERS = datasets.Sequence(datasets.Value("float64"))
 class Module(evaluate.Metric):
     """A metric of ours over columns of predictions and what goes with them."""
 
-    description = ""
+    description = ""  # pyright: ignore[reportAssignmentType]  (a property of the base class, which ours replace)
     columns: dict[str, Any] = {}
 
     def _info(self) -> evaluate.MetricInfo:
@@ -59,7 +59,9 @@ def yes_or_no(references: Sequence[str]) -> list[bool]:
     Raises:
         ConvLlavaError: one is neither.
     """
-    answers = [parse_yes_no(reference) for reference in references]
-    if None in answers:
-        raise ConvLlavaError(f"A reference is {references[answers.index(None)]!r}, and yes or no is expected.")
+    answers = []
+    for reference in references:
+        if (answer := parse_yes_no(reference)) is None:
+            raise ConvLlavaError(f"A reference is {reference!r}, and yes or no is expected.")
+        answers.append(answer)
     return answers

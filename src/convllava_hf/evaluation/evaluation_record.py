@@ -118,7 +118,7 @@ def ids_left_out(benchmark: Benchmark, plan: Plan, rows: Mapping[str, Row]) -> s
 
 
 def setting_text(benchmark: Benchmark, run: Mapping[str, Any]) -> str:
-    """What decides the score beside model and data, in a line."""
+    """What decides the score besides model and data, in a line."""
     parts = [images_text(run["images"])]
     if benchmark.words_column:
         parts.append("with OCR tokens" if run["ocr_tokens"] else "without OCR tokens")
@@ -147,7 +147,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
     """The record of a finished run.
 
     Raises:
-        ConvLlavaError: there is none, or it is none of ours: the message names the key that is not as expected.
+        ConvLlavaError: there is none, or it is not a record: the message names the key that is not as expected.
     """
     path = Path(folder) / RECORD_FILE
     try:
@@ -177,7 +177,7 @@ def find_runs(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def own_commit() -> str | None:
-    """The commit of this package's code, with `-dirty` where files differ from it; `None` if there is no telling."""
+    """The commit of this package's code, with `-dirty` where files differ from it; `None` if it is not known."""
     here = Path(__file__)
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None:
         commit = _git(here.parent, "rev-parse", "HEAD")

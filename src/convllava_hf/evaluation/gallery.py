@@ -1,4 +1,4 @@
-"""A few samples of a run to look at: right and wrong ones, with small images, kept beside the run."""
+"""A few samples of a run to look at: right and wrong ones, with small images, kept in the run's folder."""
 
 import base64
 import io
@@ -51,7 +51,8 @@ def is_right(row: Row) -> bool:
 def thumbnail(source: Source, row: Row) -> str:
     """A sample's image, upright and small: a JPEG in base64."""
     sample = Sample(row["id"], row["row"], row["question"], (), image=row.get("image_key"))
-    image = ConvLlavaImageProcessor().fetch_images(source.image_of(sample)).copy()
+    image: Any = ConvLlavaImageProcessor().fetch_images(source.image_of(sample))
+    image = image.copy()
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=_QUALITY)
@@ -62,7 +63,7 @@ def read_gallery(folder: Path) -> list[dict[str, Any]]:
     """What `save_gallery` has left; nothing where it was not called.
 
     Raises:
-        ConvLlavaError: it is none of ours: the message names the key that is not as expected.
+        ConvLlavaError: it is not a gallery: the message names the key that is not as expected.
     """
     path = folder / GALLERY_FILE
     if not path.exists():

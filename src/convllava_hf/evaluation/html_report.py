@@ -10,7 +10,7 @@ from ..utils.atomic import write_atomic
 from ..utils.report_style import SMALL_SCREEN, STYLE, duration, plain, versions_text
 from .evaluation_record import find_runs, images_text, read_record
 from .gallery import is_right, read_gallery
-from .paper import PAPER, RESOLUTIONS, paper_row, refcoco_average
+from .paper import PAPER, REFCOCO, RESOLUTIONS, paper_row, refcoco_average
 
 
 REPORT_FILE = "report.html"
@@ -132,9 +132,9 @@ def _scores(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if average is not None:
         any_record = next(record for record in records.values() if record["benchmark_name"] == "refcoco")
         lines.append(
-            '<tr><th scope="row">RefCOCO average <small>over eight splits</small></th>'
+            f'<tr><th scope="row">{REFCOCO} <small>over eight splits</small></th>'
             f'<td class="own">{_number(average)}</td><td>–</td>'
-            f"{_paper_cells(PAPER['RefCOCO average'], any_record)}<td></td></tr>"
+            f"{_paper_cells(PAPER[REFCOCO], any_record)}<td></td></tr>"
         )
     return [*lines, "</tbody>", "</table></div>", "</section>"]
 
@@ -206,7 +206,7 @@ def _card(row: Mapping[str, Any]) -> str:
 
 
 def _overlay(row: Mapping[str, Any]) -> str:
-    """True box and answered one over an image, which stands in the middle of a square as these lines do."""
+    """True box and answered one over an image, which is centered in a square, as the lines are."""
     if "truth" not in row:
         return ""
     width, height = row["image"]

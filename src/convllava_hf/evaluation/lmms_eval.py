@@ -1,13 +1,13 @@
-"""The door of lmms-eval: the entry point by which its `--model convllava` finds us."""
+"""The entry point by which lmms-eval finds our model: `--model convllava`."""
 
 
 def manifest():
-    """What lmms-eval's registry is told: the model's name and its two classes.
+    """The model's name and its two classes, for lmms-eval's registry.
 
-    lmms-eval asks chat models for generated answers alone. Tasks by log-likelihood (`output_type: multiple_choice`,
-    `loglikelihood`) want a model of its older kind: `--force_simple` takes that one.
+    lmms-eval asks chat models only for generated answers. Tasks by log-likelihood (`output_type: multiple_choice`,
+    `loglikelihood`) need a model of its older kind, which `--force_simple` chooses.
     """
-    from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     models = "convllava_hf.evaluation.lmms_eval_models"
     return ModelManifest(

@@ -1,8 +1,8 @@
 """ConvLLaVA as lmms-eval asks it: generated answers, several rounds, likelihoods, in batches.
 
 lmms-eval's interface: `lmms_eval.api.model.lmms` (0.7). It has two kinds of models. To a chat model it hands messages,
-and it asks for generated answers alone; to a simple one it hands a text and images, and may ask for likelihoods.
-Nothing is caught here: an answer that cannot be had ends the run, rather than count as an empty one.
+and it asks only for generated answers; to a simple one it hands a text and images, and may ask for likelihoods.
+Nothing is caught here: an error ends the run, rather than counting as an empty answer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +12,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.api.model import lmms
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError
 from ..inference import load, user_turn
 from ..modeling.processing_convllava import IMAGE_TOKEN
 from ..options import IMAGE_OPTIONS
-from .batches import answer_batch, decode_answers, likelihoods
+from .engine import Conversation, answer_batch, score_batch
 
 
 _MAX_NEW_TOKENS = 1024  # of tasks that do not say: as lmms-eval's own LLaVA has it
 _SAMPLING = ("temperature", "top_p", "top_k")
 _GENERATION = ("max_new_tokens", "num_beams", "repetition_penalty", *_SAMPLING)
 _OTHER = ("do_sample", "until", "image_aspect_ratio")  # the last one is LLaVA's own
-
-Conversation = list[dict[str, Any]]
 
 
 @dataclass
@@ -69,7 +67,7 @@ class _ConvLlava(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ConvLlavaError(f"batch_size is {batch_size!r}, and a number of questions, 1 at least, is expected.")
+            raise ConvLlavaError(f"batch_size is {batch_size!r}, expected a number of questions, at least 1.")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -85,8 +83,8 @@ class _ConvLlava(lmms):
         return self._device
 
     def clean(self) -> None:
-        """Frees the model's memory: lmms-eval calls it before it scores, perhaps with another model as the judge."""
-        self._assistant = None
+        """Frees the model's memory: lmms-eval calls it before it scores, perhaps by another model."""
+        del self._assistant
         super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -114,12 +112,13 @@ class _ConvLlava(lmms):
         """
         results: list[GenerationResult | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
-        with self._progress(len(requests), "ConvLLaVA weighs answers") as bar:
+        with self._progress(len(requests), "ConvLLaVA scores answers") as bar:
             for indices in _chunks(order, self.batch_size):
                 conversations, answers = zip(*(self._asked(requests[index]) for index in indices), strict=True)
-                found = likelihoods(self._assistant, conversations, answers)
-                for index, one in zip(indices, found, strict=True):
-                    results[index] = GenerationResult((one.loss, one.greedy))
+                replies = score_batch(self._assistant, conversations, [[answer] for answer in answers])
+                for index, reply in zip(indices, replies, strict=True):
+                    (answer,) = reply.likelihoods
+                    results[index] = GenerationResult((-answer.log_likelihood, answer.greedy))
                 bar.update(len(indices))
         return results
 
@@ -151,9 +150,9 @@ class _ConvLlava(lmms):
         until = turns[0][0].options["until"]
         options = {name: value for name, value in turns[0][0].options.items() if name != "until"}
         conversations = [turn for _, turn in turns]
-        ids = answer_batch(self._assistant, conversations, **options)
-        for (talk, _), row, text in zip(turns, ids, decode_answers(self._assistant, ids), strict=True):
-            talk.answers.append(GenerationResult(_cut(text, until), TokenCounts(output_tokens=len(row))))
+        for (talk, _), reply in zip(turns, answer_batch(self._assistant, conversations, **options), strict=True):
+            tokens = TokenCounts(output_tokens=len(reply.token_ids))
+            talk.answers.append(GenerationResult(_cut(reply.text, until), tokens))
 
 
 class ConvLlavaChat(_ConvLlava):
@@ -175,7 +174,7 @@ class ConvLlavaChat(_ConvLlava):
             if not isinstance(payload, tuple):
                 raise ConvLlavaError(
                     f"The task {task!r} gave {type(payload).__name__} for round {round_number + 1}, and messages, "
-                    "whether it ends, answers and notes are expected: its doc_to_messages knows one round alone."
+                    "whether it ends, answers and notes are expected: its doc_to_messages knows only one round."
                 )
             messages, ends, _, state["info"] = payload
             return None if ends else _from_messages(messages, task)
@@ -184,7 +183,7 @@ class ConvLlavaChat(_ConvLlava):
 
     def _asked(self, request: Instance) -> tuple[Conversation, str]:
         raise ConvLlavaError(
-            "lmms-eval asks chat models for generated answers alone. Add --force_simple for tasks by log-likelihood."
+            "lmms-eval asks chat models only for generated answers. Add --force_simple for tasks by log-likelihood."
         )
 
 
@@ -243,7 +242,7 @@ def _from_messages(messages: Sequence[dict[str, Any]], task: str) -> Conversatio
         if kinds := {part["type"] for part in parts} - {"text", "image"}:
             raise _only_images(task, kinds)
         texts = [part["text"] for part in parts if part["type"] == "text"]
-        images = [part["url"] for part in parts if part["type"] == "image"]
+        images: list[Any] = [part["url"] for part in parts if part["type"] == "image"]
         if any(IMAGE_TOKEN in text for text in texts):  # the text says where the images go
             turns.append({**user_turn("".join(texts), images), "role": message["role"]})
         else:

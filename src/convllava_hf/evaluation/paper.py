@@ -1,11 +1,12 @@
-"""The paper's results, to stand beside measured ones: arXiv 2405.15738, table 5, measured there with VLMEvalKit."""
+"""The paper's results, shown next to measured ones: arXiv 2405.15738, table 5, measured there with VLMEvalKit."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 RESOLUTIONS = (768, 1024, 1536)
-# By resolution; RefCOCO is the average over eight splits.
+REFCOCO = "RefCOCO average"  # over eight splits
+# By resolution, in the table's order.
 PAPER = {
     "MME": (1541, 1553, 1575),
     "MMBench": (68.0, 68.8, 68.7),
@@ -16,7 +17,7 @@ PAPER = {
     "TextVQA": (59.1, 62.5, 65.8),
     "DocVQA": (44.8, 48.5, 59.0),
     "POPE": (87.3, 87.7, 87.3),
-    "RefCOCO average": (80.6, 81.4, 82.3),
+    REFCOCO: (80.6, 81.4, 82.3),
 }
 REFCOCO_SPLITS = (
     ("refcoco", "val"),
@@ -42,5 +43,5 @@ def refcoco_average(records: list[Mapping[str, Any]]) -> float | None:
     scores = {
         (record["benchmark_name"], record["split"]): record["score"] for record in records if record["limit"] is None
     }
-    found = [scores.get(split) for split in REFCOCO_SPLITS]
-    return None if None in found else sum(found) / len(found)
+    found = [scores[split] for split in REFCOCO_SPLITS if split in scores]
+    return sum(found) / len(found) if len(found) == len(REFCOCO_SPLITS) else None

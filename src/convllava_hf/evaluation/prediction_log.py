@@ -31,7 +31,7 @@ class PredictionLog:
         self.file = open(self.path, "ab", buffering=0)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rows by one call, so that whatever ends the process, they are in the file whole, up to the last."""
+        """Writes rows in one call: even if the process is killed, the file holds whole rows but for the last."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = memoryview(text.encode("utf-8", errors="surrogatepass"))
         with naming(self.path):
@@ -68,7 +68,7 @@ def read_rows(folder: str | os.PathLike, parts: bool = True) -> dict[str, dict[s
                 rows.setdefault(row["id"], row)
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ConvLlavaError(
-                    f"{path}, line {number}, is no row of samples. Remove the line, or the folder to begin anew."
+                    f"{path}, line {number}, is no row of samples. Remove the line, or the folder to start over."
                 ) from error
     return rows
 

@@ -1,4 +1,4 @@
-"""Asks a model a batch of questions: greedy answers, or the likelihood of each option."""
+"""From a benchmark's samples to batches that the engine asks, with the samples that cannot be asked set apart."""
 
 import copy
 import math
@@ -7,21 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..data.image_files import stored_size, upright_size
 from ..errors import first_line
-from ..inference import Assistant, assistant_turn, prompt_inputs
+from ..inference import Assistant, prompt_inputs
 from ..modeling.processing_convllava import ConvLlavaProcessor
 from ..options import mode_of
-from .batches import generate
+from .engine import INPUT_ERRORS, Reply, generate_replies, option_token_ids, score_options
 from .samples import MissingValueError, Sample
 from .scorers import ImageGeometry
 from .sources import Failure, Source
-
-
-# What the image processor raises of images that it cannot decode.
-_UNREADABLE = (OSError, ValueError, RuntimeError)
 
 
 @dataclass
@@ -38,17 +32,6 @@ class Batch:
     inputs: Any = None
     options: list[list[list[int]]] = field(default_factory=list)
     failures: dict[str, Failure] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came of one question. `log_likelihoods`: of each option, in nats a token, where these were asked for."""
-
-    text: str
-    prompt_tokens: int
-    visual_tokens: int
-    new_tokens: int = 0
-    log_likelihoods: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class Predictor:
                 seen = self._seen(image)
             except MissingValueError as error:
                 batch.failures[sample.id] = Failure("missing value", str(error))
-            except _UNREADABLE as error:
+            except INPUT_ERRORS as error:
                 batch.failures[sample.id] = Failure("image", first_line(error))
             else:
                 batch.samples.append(sample)
@@ -90,7 +73,10 @@ class Predictor:
                 conversations.append([user_question(self._words(sample), image)])
         self._encode(batch, conversations)
         if self.likelihood and batch.samples and batch.samples[0].choices:
-            self._add_options(batch)
+            batch.options = [
+                option_token_ids(self._processor, [user_question(sample.stem, None)], sample.choices)
+                for sample in batch.samples
+            ]
         return batch
 
     def predict(self, batch: Batch) -> list[Reply]:
@@ -100,21 +86,9 @@ class Predictor:
             torch.OutOfMemoryError: ask fewer at once.
         """
         inputs = batch.inputs.to(self.assistant.device)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        visual = (ids == self.assistant.model.config.image_token_id).sum(1).tolist()
-        lengths = mask.sum(1).tolist()
         if batch.options:
-            likelihoods = option_log_likelihoods(self.assistant.model, inputs, batch.options)
-            return [
-                Reply("", length, tokens, log_likelihoods=values)
-                for length, tokens, values in zip(lengths, visual, likelihoods, strict=True)
-            ]
-        new = generate(self.assistant.model, inputs, self.max_new_tokens)
-        texts = self.assistant.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [
-            Reply(text.strip(), length, tokens, len(row))
-            for text, length, tokens, row in zip(texts, lengths, visual, new, strict=True)
-        ]
+            return score_options(self.assistant, inputs, batch.options)
+        return generate_replies(self.assistant, inputs, self.max_new_tokens)
 
     def lengths(self, samples: Sequence[Sample]) -> list[int]:
         """Tokens of each question, visual ones included where images have different numbers of them."""
@@ -130,14 +104,14 @@ class Predictor:
         return mode_of(self.assistant.processor.image_processor.image_sizing(**self.images_kwargs)).square
 
     def _visual_tokens(self, sample: Sample) -> int:
-        """By the file's header alone."""
+        """Read from the file's header."""
         try:
             size = stored_size(self.source.image_of(sample))
-        except _UNREADABLE:
+        except INPUT_ERRORS:
             size = None
         if size is None:
-            return 0  # what is wrong with it is told when it is asked about
-        counted = self._processor._get_num_multimodal_tokens(image_sizes=[size], **self.images_kwargs)
+            return 0  # its error is reported when it is asked about
+        counted: Any = self._processor._get_num_multimodal_tokens(image_sizes=[size], **self.images_kwargs)
         return counted.num_image_tokens[0]
 
     def _words(self, sample: Sample) -> str:
@@ -151,13 +125,13 @@ class Predictor:
         """Fills `inputs`, and leaves out samples whose image cannot be decoded after all, or which are too long."""
         while conversations:
             try:
-                inputs = prompt_inputs(self._processor, conversations, self.images_kwargs)
-            except _UNREADABLE:
+                inputs: Any = prompt_inputs(self._processor, conversations, self.images_kwargs)
+            except INPUT_ERRORS:
                 if self._drop_unreadable(batch, conversations):
                     continue
                 if len(conversations) == 1:
                     raise
-                return  # each is fine by itself: their shapes are too different for one batch
+                return  # each is fine on its own: their shapes differ too much for one batch
             context, lengths = self.assistant.context, inputs["attention_mask"].sum(1).tolist()
             room = (context or math.inf) - self.max_new_tokens
             long = [index for index, length in enumerate(lengths) if length > room]
@@ -173,78 +147,22 @@ class Predictor:
             _drop(long, batch.samples, batch.seen, conversations)
 
     def _drop_unreadable(self, batch: Batch, conversations: list[list[dict]]) -> list[int]:
-        """Looks at each sample of a batch alone for what is wrong with it."""
+        """Encodes each sample of a batch separately to find those that fail."""
         bad = []
         for index, conversation in enumerate(conversations):
             try:
                 prompt_inputs(self._processor, [conversation], self.images_kwargs)
-            except _UNREADABLE as error:
+            except INPUT_ERRORS as error:
                 batch.failures[batch.samples[index].id] = Failure("image", first_line(error))
                 bad.append(index)
         _drop(bad, batch.samples, batch.seen, conversations)
         return bad
-
-    def _add_options(self, batch: Batch) -> None:
-        processor = self._processor
-        for sample in batch.samples:
-            question = [user_question(sample.stem, None)]
-            prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-            texts = [processor.apply_chat_template([*question, assistant_turn(choice)]) for choice in sample.choices]
-            batch.options.append([continuation_ids(processor.tokenizer, prompt, text) for text in texts])
 
 
 def user_question(text: str, image) -> dict[str, Any]:
     """A user's turn with an image before the text; without one, the place of an image is kept."""
     part = {"type": "image"} if image is None else {"type": "image", "image": image}
     return {"role": "user", "content": [part, {"type": "text", "text": text}]}
-
-
-def continuation_ids(tokenizer, prompt: str, text: str) -> list[int]:
-    """The tokens by which a conversation goes on after its prompt, with what ends a turn."""
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    after = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if after[: len(before)] == before and len(after) > len(before):
-        return after[len(before) :]
-    # A token spans the prompt's end and the answer's beginning; the answer is then tokenized by itself.
-    return tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]
-
-
-@torch.inference_mode()
-def option_log_likelihoods(
-    model, inputs: Mapping[str, torch.Tensor], options: Sequence[Sequence[Sequence[int]]]
-) -> list[list[float]]:
-    """The log-likelihood in nats of each option as the answer: the mean over its tokens, by which lmms-eval chooses.
-
-    Prompts and images pass the model once, whatever the number of options.
-
-    Args:
-        inputs: of a batch of prompts, padded on the left.
-        options: for each prompt, the tokens of each option; one token at least.
-    """
-    mask = inputs["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
-    first = out.logits[:, -1].float().log_softmax(-1)  # (batch, vocabulary)
-    found: list[list[float]] = [[] for _ in options]
-    for number in range(max(map(len, options))):
-        rows = [list(row[number]) if number < len(row) else list(row[-1]) for row in options]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=mask.device)
-        scores = [first.gather(1, ids[:, :1])]  # (batch, 1)
-        if longest > 1:
-            following = model(
-                input_ids=ids[:, :-1],
-                attention_mask=torch.cat([mask, torch.ones_like(ids[:, :-1])], dim=1),
-                position_ids=positions[:, -1:] + 1 + torch.arange(longest - 1, device=mask.device),
-                past_key_values=copy.deepcopy(out.past_key_values),
-                use_cache=True,
-            ).logits
-            scores.append(following.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0])
-        table = torch.cat(scores, dim=1).tolist()  # (batch, longest)
-        for index, row in enumerate(options):
-            if number < len(row):
-                found[index].append(sum(table[index][: len(row[number])]) / len(row[number]))
-    return found
 
 
 def _drop(indices: Sequence[int], *lists: list) -> None:

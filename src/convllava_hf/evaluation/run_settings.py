@@ -46,7 +46,7 @@ class Settings:
             raise ConvLlavaError(f"choice is {self.choice!r}: expected one of {', '.join(CHOICES)}.")
 
     def folder_name(self, benchmark: Benchmark) -> str:
-        """Of a run in an output folder: runs of the same benchmark with other settings do not meet."""
+        """Of a run in an output folder: runs of a benchmark with different settings get different folders."""
         parts = [benchmark.name, self.split, self.config, "ocr" if self.ocr_tokens else None]
         if benchmark.has_choices and self.choice != CHOICES[0]:
             parts.append(self.choice)
@@ -113,7 +113,7 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
     path = folder / RUN_FILE
     if folder.exists() and overwrite:
         if _holds_files(folder) and not path.exists():
-            raise ConvLlavaError(f"{str(folder)!r} is not empty and no run of convllava eval: it is left alone.")
+            raise ConvLlavaError(f"{str(folder)!r} is not empty and not a run of convllava eval.")
         discard_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -126,12 +126,12 @@ def begin(folder: Path, run: dict[str, Any], overwrite: bool) -> None:
         key = differing[0]
         raise ConvLlavaError(
             f"{str(folder)!r} holds a run that differs in {', '.join(differing)}: {key} was {before.get(key)!r} and "
-            f"is {run[key]!r}. Name another --output, or begin anew by --overwrite."
+            f"is {run[key]!r}. Name another --output, or start over with --overwrite."
         )
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether there are files, but for those that a kill in the midst of writing has left."""
+    """Whether there are files, other than those that a killed run has left half-written."""
     return any(path.suffix != ".partial" for path in folder.iterdir())
 
 
@@ -142,6 +142,6 @@ def _checkpoint_state(source: str) -> dict[str, str | None]:
         files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja"))
         listed = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return {"commit": None, "files": hashlib.sha256(repr(listed).encode()).hexdigest()[:16]}
-    parts = Path(cached_file(source, "config.json")).parts
+    parts = Path(cached_file(source, "config.json") or "").parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
     return {"commit": commit, "files": None}

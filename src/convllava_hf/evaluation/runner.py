@@ -22,14 +22,13 @@ from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from ..errors import ConvLlavaError
-from ..inference import LESS_MEMORY
 from ..modeling.processing_convllava import ConvLlavaProcessor
 from ..utils.atomic import check_destination, lock_next_to
-from ..utils.device_memory import is_out_of_memory, needed_and_free
 from .benchmarks import Benchmark
+from .engine import Reply, ask_in_parts
 from .evaluation_record import ids_left_out, make_record, write_record
 from .prediction_log import SAMPLES_FILE, PredictionLog, merge_shards, read_rows
-from .predictor import Batch, Predictor, Reply, user_question
+from .predictor import Batch, Predictor, user_question
 from .run_settings import Model, Settings, begin, describe_run
 from .samples import LETTERS, Sample
 from .sources import Failure, Plan, Source, open_source, plan_samples
@@ -47,18 +46,18 @@ def join_processes(device: str | None = None) -> PartialState:
     """Joins the processes that a launcher has started; to be called once, before anything is asked.
 
     Args:
-        device: `"cpu"` where GPUs are to be left alone.
+        device: `"cpu"` where no GPU is to be used.
 
     Raises:
-        ConvLlavaError: there are several, and they do not find together: each would ask everything.
+        ConvLlavaError: there are several, and they do not connect: each would ask everything.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    # Whoever is done first waits for the slowest one's last batches.
+    # The process that is done first waits for the slowest one's last batches.
     state = PartialState(cpu=cpu, **({"timeout": _PATIENCE} if started > 1 else {}))
     if state.num_processes != started:
         raise ConvLlavaError(
-            f"{started} processes were started, and {state.num_processes} of them found together. Start them by "
+            f"{started} processes were started, and {state.num_processes} of them are connected. Start them by "
             "`accelerate launch -m convllava_hf eval` or torchrun; on CPUs with ACCELERATE_USE_CPU=true."
         )
     return state
@@ -75,12 +74,12 @@ def evaluate(
     overwrite: bool = False,
     progress: bool = True,
 ) -> tuple[Path, dict[str, Any], Source]:
-    """Runs a benchmark, or goes on with a run that was interrupted.
+    """Runs a benchmark, or resumes a run that was interrupted.
 
     Args:
         output: folder of runs; this one gets a folder of its own in it.
         data: see `open_source`.
-        overwrite: begin anew where there is a run already.
+        overwrite: start over where there is a run already.
 
     Returns:
         The run's folder, its record, and the data that it asked about.
@@ -104,7 +103,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _sole_writer(folder: Path) -> Iterator[None]:
-    """Lets no other run write the folder meanwhile. Of several processes of this run, the main one sees to it."""
+    """Locks the folder against other runs. Of several processes of this run, the main one holds the lock."""
     if not PartialState().is_main_process:
         yield
         return
@@ -212,8 +211,8 @@ def answered(predictor: Predictor, batches: Sequence[Sequence[Sample]]) -> Itera
 def _prepared(predictor: Predictor, batches: Sequence[Sequence[Sample]]) -> Iterator[Batch]:
     """The batches' inputs; the next ones are made ready while a device is busy with one.
 
-    On a CPU they are made when they are wanted: beside the model's own threads, whose every operation waits for the
-    slowest, they would cost more time than they save.
+    On a CPU they are made when they are needed: they would slow down the model's own threads, whose every operation
+    waits for the slowest, by more than they save.
     """
     if predictor.assistant.device.type == "cpu":
         yield from map(predictor.prepare, batches)
@@ -228,30 +227,17 @@ def _prepared(predictor: Predictor, batches: Sequence[Sequence[Sample]]) -> Iter
 
 
 def predict_in_parts(predictor: Predictor, batch: Batch) -> list[Reply]:
-    """Asks a batch; in halves where the device's memory does not hold it.
+    """Asks a batch; in halves where it does not fit.
 
     Raises:
-        ConvLlavaError: it does not hold a single sample.
+        ConvLlavaError: the device's memory does not hold a single sample.
     """
-    if not batch.samples:
-        return []
-    if batch.inputs is not None:
-        try:
-            return predictor.predict(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch.samples) == 1:
-                raise ConvLlavaError(
-                    f"The memory of {predictor.assistant.device} does not hold one sample next to the model in "
-                    f"{predictor.assistant.dtype}: {needed_and_free(error)}. {LESS_MEMORY}"
-                ) from error
-        logger.warning("A batch of %d does not fit into memory; asking in halves.", len(batch.samples))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    middle = len(batch.samples) // 2
-    halves = [predictor.prepare(batch.samples[:middle]), predictor.prepare(batch.samples[middle:])]
-    return [reply for half in halves for reply in predict_in_parts(predictor, half)]
+
+    def ask(samples: Sequence[Sample]) -> list[Reply] | None:
+        part = batch if samples is batch.samples else predictor.prepare(samples)
+        return None if part.inputs is None else predictor.predict(part)
+
+    return ask_in_parts(predictor.assistant, batch.samples, ask)
 
 
 def failure_row(name: str, failure: Failure) -> dict[str, Any]:
@@ -270,7 +256,7 @@ def _rows(predictor: Predictor, batch: Batch, replies: Sequence[Reply]) -> list[
         row = {
             "id": sample.id,
             "row": sample.row,
-            "question": sample.stem if reply.log_likelihoods else sample.prompt,
+            "question": sample.stem if reply.likelihoods else sample.prompt,
             "prediction": reply.text,
             **judged,
             "answers": list(sample.answers),
@@ -281,21 +267,22 @@ def _rows(predictor: Predictor, batch: Batch, replies: Sequence[Reply]) -> list[
             "image_key": sample.image,
             "prompt_tokens": reply.prompt_tokens,
             "visual_tokens": reply.visual_tokens,
-            "new_tokens": reply.new_tokens,
+            "new_tokens": len(reply.token_ids),
         }
         rows.append({key: value for key, value in row.items() if value not in (None, []) or key == "read"})
     return rows
 
 
 def _judged(predictor: Predictor, sample: Sample, seen, reply: Reply) -> dict[str, Any]:
-    if reply.log_likelihoods is None:
+    if not reply.likelihoods:
         return predictor.source.benchmark.scorer(sample, reply.text, seen)
-    best = max(range(len(reply.log_likelihoods)), key=reply.log_likelihoods.__getitem__)
+    values = [one.log_likelihood for one in reply.likelihoods]
+    best = max(range(len(values)), key=values.__getitem__)
     return {
         "prediction": sample.choices[best],
         "score": float(LETTERS[best] in sample.answers),
         "read": LETTERS[best],
-        "log_likelihoods": [round(value, 5) for value in reply.log_likelihoods],
+        "log_likelihoods": [round(value, 5) for value in values],
     }
 
 

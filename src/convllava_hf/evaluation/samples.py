@@ -20,7 +20,7 @@ class Sample:
     """A question, and what answers it.
 
     `id`: of the sample within its benchmark: the row's number, with the number of the expression where a row has
-    several. `row`: where it stands in the data set, from 0. `prompt`: what is said to the model. `answers`: those that
+    several. `row`: its number in the data set, from 0. `prompt`: what is said to the model. `answers`: those that
     are right; of a question with options, the letter. `choices`: the options, in the order of their letters. `stem`:
     what is said where each option's likelihood decides: the question without options. `box`: left, top, right and
     bottom of the object that is looked for, in pixels. `group`: questions that count together, such as the two about
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks, before it is put into a benchmark's words. `part`: number of the expression within the row."""
+    """What a row asks, before it is put into a benchmark's prompt. `part`: number of the expression within the row."""
 
     question: str
     answers: tuple[str, ...]
@@ -51,7 +51,6 @@ class Question:
     group: str | None = None
     box: tuple[float, float, float, float] | None = None
     image: str | None = None
-    words: str = ""  # read off the image by an OCR system
     part: int | None = None
 
 
@@ -84,8 +83,11 @@ def texts_of(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     """
     value = row.get(column)
     texts = [value] if isinstance(value, str) else value
-    are_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
-    if not are_texts or not any(text.strip() for text in texts):
+    if (
+        not isinstance(texts, list | tuple)
+        or not all(isinstance(text, str) for text in texts)
+        or not any(text.strip() for text in texts)
+    ):
         raise MissingValueError(f"`{column}` is {value!r:.80}; expected a text or a list of texts.")
     return tuple(texts)
 

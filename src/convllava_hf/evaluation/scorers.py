@@ -1,4 +1,4 @@
-"""What is right: how one answer is judged, and what a benchmark's score is made of."""
+"""How one answer is scored, and what a benchmark's score is made of."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -7,25 +7,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import ConvLlavaError
 from .metrics import (
+    MIN_IOU,
     MME_COGNITION,
     MME_PERCEPTION,
     MmeRow,
+    box_in_answer,
     box_iou,
     exact_match,
+    f1_score,
+    mme_points,
     mme_scores,
     ocrbench_score,
-    parse_boxes,
     parse_choice,
     parse_yes_no,
     pope_scores,
-    to_unit_box,
-    undo_square_padding,
 )
 from .samples import LETTERS, Sample
 
 
-MIN_OVERLAP = 0.5  # intersection over union of a box that counts as found, in RefCOCO
 Row = Mapping[str, Any]  # a line of the file of samples
 ScoredAnswer = dict[str, Any]  # `score` from 0 to 1, and what was read out of the answer
 
@@ -39,19 +40,19 @@ class ImageGeometry:
     padded: bool
 
 
-Scorer = Callable[[Sample, str, ImageGeometry | None], ScoredAnswer]
+Scorer = Callable[[Sample, str, ImageGeometry], ScoredAnswer]
 
 
 def by_answers(score: Callable[[str, Sequence[str]], float]) -> Scorer:
     """By a metric that compares a prediction with the answers."""
 
-    def judge(sample: Sample, prediction: str, seen: ImageGeometry | None) -> ScoredAnswer:
+    def scorer(sample: Sample, prediction: str, seen: ImageGeometry) -> ScoredAnswer:
         return {"score": score(prediction, sample.answers)}
 
-    return judge
+    return scorer
 
 
-def by_choice(sample: Sample, prediction: str, seen: ImageGeometry | None) -> ScoredAnswer:
+def by_choice(sample: Sample, prediction: str, seen: ImageGeometry) -> ScoredAnswer:
     """By the option that is chosen; by exact match where a question has no options, as some of RealWorldQA have."""
     if not sample.choices:
         return {"score": exact_match(prediction, sample.answers)}
@@ -60,32 +61,31 @@ def by_choice(sample: Sample, prediction: str, seen: ImageGeometry | None) -> Sc
     return {"score": float(letter in sample.answers), "read": letter}
 
 
-def by_yes_no(sample: Sample, prediction: str, seen: ImageGeometry | None) -> ScoredAnswer:
+def by_yes_no(sample: Sample, prediction: str, seen: ImageGeometry) -> ScoredAnswer:
     """By yes or no; what is neither is wrong."""
     said = parse_yes_no(prediction)
     return {"score": float(said is not None and said == (sample.answers[0] == "yes")), "read": said}
 
 
-def by_containment(sample: Sample, prediction: str, seen: ImageGeometry | None) -> ScoredAnswer:
+def by_containment(sample: Sample, prediction: str, seen: ImageGeometry) -> ScoredAnswer:
     """By OCRBench's rule for the sample's category."""
     return {"score": ocrbench_score(prediction, sample.answers, sample.category or "")}
 
 
-def by_overlap(sample: Sample, prediction: str, seen: ImageGeometry | None) -> ScoredAnswer:
+def by_overlap(sample: Sample, prediction: str, seen: ImageGeometry) -> ScoredAnswer:
     """By the first box of the answer: in fractions or thousandths of what the model saw, a padded square or not."""
     truth = unit_box(sample, seen)
-    found = parse_boxes(prediction)
-    if not found:
+    box = box_in_answer(prediction, seen.width, seen.height, seen.padded)
+    if box is None:
         return {"score": 0.0, "read": None, "truth": truth, "overlap": 0.0}
-    box = to_unit_box(found[0])
-    if seen.padded:
-        box = undo_square_padding(box, seen.width, seen.height)
     overlap = box_iou(box, truth)
-    return {"score": float(overlap >= MIN_OVERLAP), "read": list(box), "truth": truth, "overlap": round(overlap, 4)}
+    return {"score": float(overlap >= MIN_IOU), "read": list(box), "truth": truth, "overlap": round(overlap, 4)}
 
 
 def unit_box(sample: Sample, seen: ImageGeometry) -> list[float]:
     """The box that is looked for, in fractions of the image."""
+    if sample.box is None:
+        raise ConvLlavaError(f"Sample {sample.id} has no box: it is no question of RefCOCO.")
     left, top, right, bottom = sample.box
     return [left / seen.width, top / seen.height, right / seen.width, bottom / seen.height]
 
@@ -103,9 +103,12 @@ class Table:
 
 
 class Summary(Protocol):
-    """From judged samples to a score."""
+    """From scored samples to a score."""
 
-    size: int | None  # of a whole group of samples; None where it may be any
+    @property
+    def size(self) -> int | None:
+        """Of a whole group of samples; `None` where it may be any."""
+        ...
 
     def table(self, rows: Sequence[Row]) -> Table: ...
 
@@ -158,7 +161,7 @@ class F1:
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         hits, said, true = np.moveaxis(sums, -1, 0)
-        return np.where(hits > 0, 200 * hits / np.maximum(said + true, 1), 0.0)
+        return f1_score(hits, said, true, scale=100)
 
     def details(self, rows: Sequence[Row]) -> dict[str, float]:
         found = self._of(rows)
@@ -186,7 +189,7 @@ class Mme:
         strata = np.zeros(len(images), dtype=int)
         for number, ((category, _), scores) in enumerate(images.items()):
             strata[number] = place = names.index(category)
-            sums[number, 2 * place] = 100 * np.mean(scores) + 100 * all(scores)
+            sums[number, 2 * place] = mme_points(scores)
             sums[number, 2 * place + 1] = 1
         return Table(sums, strata, [f"{category} {image}" for category, image in images])
 

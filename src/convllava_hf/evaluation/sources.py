@@ -45,7 +45,7 @@ class Source:
     image_rows: dict[str, int] | None = None  # of images in a table of their own
 
     def image_of(self, sample: Sample) -> Any:
-        """The sample's image as `bytes` and `path`, or whatever stands in its place; undecoded.
+        """The sample's image as `bytes` and `path`, or what the data set has in its place; not decoded.
 
         Raises:
             MissingValueError: there is none.
@@ -95,7 +95,7 @@ def open_source(
 
     Args:
         data: a parquet file, a folder with the files of the data set's repository on the Hub or with its parquet
-            files alone, or an id on the Hub; default: the benchmark's own id.
+            files only, or an id on the Hub; default: the benchmark's own id.
         split, config: other ones than the benchmark's.
         words: whether OCR tokens are needed.
 
@@ -109,13 +109,10 @@ def open_source(
     columns = list(benchmark.columns)
     if words:
         columns.append(str(benchmark.words_column))
-    if "image" in rows.column_names or benchmark.images is None:
-        columns.append("image")
-    else:
-        columns.append("imageId")
+    table = None if "image" in rows.column_names else benchmark.images
+    columns.append("image" if table is None else "imageId")
     _check_columns(columns, rows.column_names, f"{benchmark.title}'s data set {path!r}")
-    if "imageId" in columns:
-        table = benchmark.images
+    if table is not None:
         images = _rows(path, table.split, table.config)
         _check_columns([table.key, "image"], images.column_names, f"The table of images in {path!r}")
         numbers = {str(key): number for number, key in enumerate(images[table.key])}
@@ -141,6 +138,7 @@ def plan_samples(source: Source, prompt: str, limit: int | None = None) -> Plan:
     benchmark = source.benchmark
     samples: dict[str, Sample] = {}
     failures: dict[str, Failure] = {}
+    row: Any  # `datasets` has types for all formats that rows may be given in
     for number, row in enumerate(source.rows):
         try:
             samples |= {sample.id: sample for sample in benchmark.samples_of(row, number, prompt)}
@@ -181,7 +179,7 @@ def _parquet_files(folder: str, split: str, config: str | None) -> list[str] | N
     are taken all.
 
     Raises:
-        ConvLlavaError: there are files of other splits alone, or of several configurations.
+        ConvLlavaError: there are only files of other splits, or files of several configurations.
     """
     files = sorted(path.relative_to(folder) for path in Path(folder).rglob("*.parquet"))
     if not files:

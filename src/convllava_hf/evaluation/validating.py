@@ -186,7 +186,7 @@ def _check(values: Mapping[str, Any], kinds: Kinds, where: str) -> None:
             found = "missing" if value is _MISSING else f"{value!r:.60}"
             raise ConvLlavaError(
                 f"{where}: {key} is {found}; expected {expected}. The file is of another version of convllava eval or "
-                "was edited: put it back, or run the evaluation anew with --overwrite."
+                "was edited: restore it, or run the evaluation again with --overwrite."
             )
 
 

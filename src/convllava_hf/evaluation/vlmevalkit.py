@@ -1,4 +1,4 @@
-"""ConvLLaVA for VLMEvalKit, which has no plug-in point: register the class in a script beside its `run.py`.
+"""ConvLLaVA for VLMEvalKit, which has no plug-in point: register the class in a script next to its `run.py`.
 
     from functools import partial
 
@@ -15,17 +15,16 @@ VLMEvalKit's interface: `vlmeval.vlm.base.BaseModel`. A message is a list of dic
 or `{"type": "text", "value": TEXT}`. Questions are asked one at a time; `convllava eval` and lmms-eval ask in batches.
 """
 
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmeval.vlm.base import BaseModel
+from vlmeval.vlm.base import BaseModel  # pyright: ignore[reportMissingImports]
 
 from ..errors import ConvLlavaError
 from ..inference import assistant_turn, load, open_image, system_turn, user_turn
-
-
-_LETTER = "Answer with the option's letter from the given choices directly."
+from .benchmarks import LETTER
+from .engine import answer_batch
+from .samples import LETTERS
 
 
 class ConvLlava(BaseModel):
@@ -43,7 +42,7 @@ class ConvLlava(BaseModel):
     """
 
     INSTALL_REQ = False
-    INTERLEAVE = True  # images may stand between texts
+    INTERLEAVE = True  # images may come between texts
     allowed_types = ["text", "image"]
 
     def __init__(
@@ -59,18 +58,19 @@ class ConvLlava(BaseModel):
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Multiple choice is asked as LLaVA-1.5 was trained to answer it; for the rest, VLMEvalKit's prompts do."""
-        from vlmeval.dataset import DATASET_TYPE
+        from vlmeval.dataset import DATASET_TYPE  # pyright: ignore[reportMissingImports]
 
         return DATASET_TYPE(dataset) == "MCQ"
 
     def build_prompt(self, line: Mapping[str, Any], dataset: str | None = None) -> list[dict[str, str]]:
         """The message of a row with `question`, perhaps a `hint`, and options in columns `A`, `B`, ..."""
         paths = self.dump_image(line, dataset)
-        texts = [str(line[name]) for name in ("hint", "question") if _is_there(line, name)]
-        options = [f"{letter}. {line[letter]}" for letter in string.ascii_uppercase if _is_there(line, letter)]
-        texts += [*options, _LETTER] if options else []
+        text = "\n".join(str(line[name]) for name in ("hint", "question") if _is_there(line, name))
+        options = [f"{letter}. {line[letter]}" for letter in LETTERS if _is_there(line, letter)]
+        if options:
+            text = LETTER.format(question=text, options="\n".join(options))
         images = [{"type": "image", "value": path} for path in ([paths] if isinstance(paths, str) else paths)]
-        return [*images, {"type": "text", "value": "\n".join(texts)}]
+        return [*images, {"type": "text", "value": text}]
 
     def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
         """The answer to one message."""
@@ -81,7 +81,7 @@ class ConvLlava(BaseModel):
         return self._answer([_turn(message["role"], message["content"]) for message in messages])
 
     def _answer(self, turns: list[dict[str, Any]]) -> str:
-        return self.assistant.answer(turns, max_new_tokens=self.max_new_tokens).text.strip()
+        return answer_batch(self.assistant, [turns], max_new_tokens=self.max_new_tokens)[0].text
 
 
 def _turn(role: str, message: Sequence[Mapping[str, str]]) -> dict[str, Any]:

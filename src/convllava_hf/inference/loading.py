@@ -23,7 +23,7 @@ from .trust import check_code, explain_refusal, from_checkpoint, warn_about_fore
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 CONVERTED, ORIGINAL = "converted", "original"
-_PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
@@ -108,7 +108,7 @@ def kind_of_checkpoint(
 def _check_processor_files(source: str | os.PathLike) -> None:
     """Refuses a folder that lacks files of the processor; transformers would load it without a part."""
     folder = Path(source)
-    if folder.is_dir() and (missing := [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]):
+    if folder.is_dir() and (missing := [name for name in PROCESSOR_FILES if not (folder / name).is_file()]):
         raise ConvLlavaError(
             f"The checkpoint {os.fspath(source)!r} is incomplete: {', '.join(missing)} is missing. Save the processor "
             "along with the model, or convert the original again."

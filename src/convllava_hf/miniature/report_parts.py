@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 
+from ..evaluation.metrics import box_iou
 from ..utils.atomic import write_atomic
 from ..utils.report_style import duration, plain, versions_text
-from .scoring import intersection_over_union, parse_box
+from .scoring import parse_box
 
 
 __all__ = [
@@ -126,4 +127,4 @@ def overlap(sample: Mapping) -> float | None:
     if sample["kind"] != "grounding":
         return None
     pair = [parse_box(sample[name]) for name in ("truth", "answer")]
-    return None if None in pair else intersection_over_union(*pair)
+    return None if None in pair else box_iou(*pair)

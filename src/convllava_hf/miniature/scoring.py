@@ -1,26 +1,24 @@
 """How many questions about unseen scenes a model answers rightly, beside chance and beside answering blind."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike
 from PIL import Image
 
+from ..evaluation.engine import answer_batch
+from ..evaluation.metrics import MIN_IOU, Box, box_iou, parse_boxes
+from ..inference import Assistant, user_turn
 from .drawing import draw
 from .language import KINDS, Question, questions
 from .world import Scene, World
 
 
-MIN_OVERLAP = 0.5  # intersection over union of a box that counts as found, as in RefCOCO
 _MAX_NEW_TOKENS = 16  # the longest answer, a box, takes five with the end
 _BATCH = 64
 _SCENES_FOR_CHANCE = 2000  # to choose the constant answer, and again to judge it
-_BOX = re.compile(r"\[(\d\.\d+), (\d\.\d+), (\d\.\d+), (\d\.\d+)\]")
 
 OnStep = Callable[[int, int], None]  # questions answered, questions in all
 
@@ -70,7 +68,7 @@ def ask_about_scenes(
     for offset in (0, scenes // 2):
         prompts = [(images[(index + offset) % scenes], question.text) for index, question in asked]
         done = len(answers) * len(asked)
-        answers.append(_answer(model, processor, prompts, on_step, done, 2 * len(asked)))
+        answers.append(_answer(Assistant(model, processor), prompts, on_step, done, 2 * len(asked)))
     return [
         Answered(shown[index], question, answer, blind)
         for (index, question), answer, blind in zip(asked, *answers, strict=True)
@@ -109,27 +107,14 @@ def is_right(kind: str, answer: str, truth: str) -> bool:
     if kind != "grounding":
         return answer.strip() == truth
     box, true_box = parse_box(answer), parse_box(truth)
-    return box is not None and bool(intersection_over_union(box, true_box) >= MIN_OVERLAP)
+    return box is not None and box_iou(box, true_box) >= MIN_IOU
 
 
-def parse_box(text: str) -> tuple[float, ...] | None:
-    """`[left, top, right, bottom]` as numbers, `None` if the text is no such box."""
-    match = _BOX.fullmatch(text.strip())
-    return tuple(map(float, match.groups())) if match else None
-
-
-def intersection_over_union(ones: ArrayLike, others: ArrayLike) -> np.ndarray:
-    """Area of what two boxes share over the area that they cover together; 0 if either is turned inside out.
-
-    Args:
-        ones, others: boxes, (..., 4), of shapes that broadcast.
-    """
-    ones, others = np.asarray(ones, float), np.asarray(others, float)
-    sides = np.minimum(ones[..., 2:], others[..., 2:]) - np.maximum(ones[..., :2], others[..., :2])
-    shared = np.clip(sides, 0, None).prod(-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (ones, others)]
-    together = sum(areas) - shared
-    return np.divide(shared, together, out=np.zeros_like(shared), where=shared > 0)
+def parse_box(text: str) -> Box | None:
+    """The box that a text is, `None` if it is anything but a box in the miniature's own notation."""
+    boxes = parse_boxes(text)
+    written = [f"[{', '.join(f'{number:.2f}' for number in box)}]" for box in boxes]
+    return boxes[0] if written == [text.strip()] else None
 
 
 def _count_answers(scenes: Iterable[Scene], rng: np.random.Generator) -> dict[str, Counter]:
@@ -144,7 +129,7 @@ def _most_often_right(kind: str, truths: Counter) -> str:
     if kind != "grounding":
         return truths.most_common(1)[0][0]
     boxes = np.array([parse_box(text) for text in truths])
-    right = intersection_over_union(boxes[:, None], boxes[None]) >= MIN_OVERLAP
+    right = box_iou(boxes[:, None], boxes[None]) >= MIN_IOU
     return list(truths)[np.argmax(right @ np.array(list(truths.values())))]
 
 
@@ -153,26 +138,13 @@ def _share(right: Iterable[bool]) -> float:
 
 
 def _answer(
-    model, processor, prompts: list[tuple[Image.Image, str]], on_step: OnStep | None, done: int, total: int
+    assistant: Assistant, prompts: list[tuple[Image.Image, str]], on_step: OnStep | None, done: int, total: int
 ) -> list[str]:
     answers: list[str] = []
     for start in range(0, len(prompts), _BATCH):
-        conversations = []
-        for image, text in prompts[start : start + _BATCH]:
-            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-            conversations.append([{"role": "user", "content": content}])
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        conversations = [[user_turn(text, [image])] for image, text in prompts[start : start + _BATCH]]
+        replies = answer_batch(assistant, conversations, max_new_tokens=_MAX_NEW_TOKENS)
+        answers += [reply.text for reply in replies]
         if on_step:
             on_step(done + len(answers), total)
     return answers

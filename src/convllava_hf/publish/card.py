@@ -23,7 +23,7 @@ _TAGS = ("convllava", "multimodal", "vision-language", "conversational", "convne
 
 @dataclass
 class CardInput:
-    """All that a card is made of, beside the files."""
+    """What a card is made of, besides the files."""
 
     repo_id: str
     about: About
@@ -44,7 +44,7 @@ def render_card(staged: StagedRepo, given: CardInput) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    template = resources.files("convllava_hf.publish").joinpath(TEMPLATE).read_text(encoding="utf-8")
     page = environment.from_string(template).render(
         title=about.title or given.repo_id.rpartition("/")[2],
         repo_id=given.repo_id,

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from ..errors import ConvLlavaError, first_line
 from ..utils.repo_ids import is_repo_id
@@ -73,7 +75,7 @@ def find_token(source: str | None = None, required: bool = True) -> str | None:
     """The token for the Hub: from the environment (`HF_TOKEN`), else the one that `hf auth login` saved.
 
     Args:
-        source: `"environment"` or `"login"` to take it from there alone.
+        source: `"environment"` or `"login"` to take it only from there.
         required: whether to raise where there is none, and not to return `None`.
 
     Raises:
@@ -174,7 +176,7 @@ class Publisher:
         return Committed(plan, self._commit(target, plan, files, message))
 
     def _create(self, target: Target) -> None:
-        options = {"space_sdk": "gradio"} if target.kind == "space" else {}
+        options: dict[str, Any] = {"space_sdk": "gradio"} if target.kind == "space" else {}
         self.api.create_repo(
             target.repo_id, repo_type=target.kind, private=target.private or None, exist_ok=True, **options
         )
@@ -204,14 +206,14 @@ class Publisher:
         return plan
 
     def _head(self, target: Target, revision: str) -> str:
-        return self.api.repo_info(target.repo_id, repo_type=target.kind, revision=revision).sha
+        return str(self.api.repo_info(target.repo_id, repo_type=target.kind, revision=revision).sha)
 
     def _tree(self, target: Target, commit: str) -> dict[str, _Remote]:
         entries = self.api.list_repo_tree(target.repo_id, repo_type=target.kind, revision=commit, recursive=True)
         return {
             entry.path: _Remote(entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.size)
             for entry in entries
-            if hasattr(entry, "blob_id")  # folders have none
+            if isinstance(entry, RepoFile)
         }
 
     def _last_push(self, target: Target, head: str) -> dict[str, _Remote]:
@@ -224,7 +226,7 @@ class Publisher:
     def _commit(self, target: Target, plan: Plan, files: Mapping[str, Path | bytes], message: str) -> str:
         additions = [CommitOperationAdd(name, _content(files[name])) for name in plan.added]
         deletions = [CommitOperationDelete(name, is_folder=False) for name in plan.removed]
-        place = {"repo_id": target.repo_id, "repo_type": target.kind}
+        place: dict[str, Any] = {"repo_id": target.repo_id, "repo_type": target.kind}
         branch_made = False
         try:
             # Large files first: they belong to nothing until a commit names them, and a repeated push finds them.
@@ -260,7 +262,7 @@ class Publisher:
             landed = not target.create_pr and head != plan.head and not self._differing(target, files, head)
         except (HfHubHTTPError, *_transport_errors()):
             raise ConvLlavaError(
-                f"The upload to {target} failed: {_reason(error)}. Whether the commit arrived cannot be told, since "
+                f"The upload to {target} failed: {_reason(error)}. It is not known whether the commit arrived, since "
                 "the Hub does not answer; all of it is there or nothing. The same command again goes on from there."
             ) from error
         if landed:
@@ -268,7 +270,7 @@ class Publisher:
         self._remove_branch(target, branch_made)
         if _status(error) == 412 or head != plan.head:
             raise ConvLlavaError(
-                f"Nothing was published to {target}, since somebody committed to it meanwhile. Run the command again."
+                f"Nothing was published to {target}, since somebody else just committed to it. Run the command again."
             ) from error
         raise ConvLlavaError(
             f"Nothing was published to {target}, which is as it was: {_reason(error)}. The same command again goes on "

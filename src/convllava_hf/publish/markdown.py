@@ -10,15 +10,15 @@ _LONGEST_CELL = 200  # characters
 
 
 def cell(value: Any) -> str:
-    """A stranger's text as one cell of a Markdown table: no Markdown, HTML or link, on one line, not endless."""
+    """Text from outside as one cell of a Markdown table: no Markdown, HTML or link, on one line, not endless."""
     line = plain(value, _LONGEST_CELL)
     line = re.sub(r"([\\`*\[\]<>|~$!])", r"\\\1", line)
     line = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", line)  # within a word it means nothing
     line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
-    # Addresses become links by themselves, wherever they stand.
+    # Addresses become links wherever they are.
     return line.replace("://", "&#58;//").replace("@", "&#64;").replace("www.", "www&#46;")
 
 
 def code_cell(value: Any) -> str:
-    """A stranger's text as code in a cell of a Markdown table."""
+    """Text from outside as code in a cell of a Markdown table."""
     return f"`{plain(value, _LONGEST_CELL).replace('`', ' ').replace('|', ' ').strip() or ' '}`"

@@ -1,4 +1,4 @@
-"""What the model card says: from the checkpoint itself, its training record, and what its publisher tells."""
+"""What the model card says: from the checkpoint itself, its training record, and what its publisher says."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from ..boxes import FRAMES, frame_of_mode
 from ..errors import ConvLlavaError
+from ..evaluation.paper import RESOLUTIONS
 from ..modeling.configuration_convllava import PRESETS, ConvLlavaConfig, ImageSizing, tower_stride
 from ..options import mode_of, sizing_values
 from ..training_record import read_record, well_formed
@@ -58,7 +59,6 @@ _ABOUT_KEYS = {
 }
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "4 or 8 bits"}
 _PARTS = ("vision_tower", "language_model", "checkpoint")  # of a record's origin: what may be on the Hub
-_RESOLUTIONS = (768, 1024, 1536)
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 
 
@@ -169,11 +169,12 @@ def model_metadata(staged: StagedRepo) -> dict[str, Any]:
     if staged.base_model is None:
         config = ConvLlavaConfig(**_arguments(staged.json("config.json")))
         vision, text = config.vision_config, config.get_text_config()
+        depths, widths = list(vision.depths or ()), list(vision.hidden_sizes or ())
         facts |= {
             "stride": tower_stride(vision),
-            "depths": ", ".join(map(str, vision.depths)),
-            "widths": ", ".join(map(str, vision.hidden_sizes)),
-            "stages": len(vision.depths),
+            "depths": ", ".join(map(str, depths)),
+            "widths": ", ".join(map(str, widths)),
+            "stages": len(depths),
             "text_type": text.model_type,
             "text_layers": text.num_hidden_layers,
             "text_width": text.hidden_size,
@@ -182,8 +183,10 @@ def model_metadata(staged: StagedRepo) -> dict[str, Any]:
     else:
         adapter = staged.json("adapter_config.json")
         saved = adapter.get("modules_to_save")
-        facts["lora"] = {key: cell(adapter.get(key)) for key in ("r", "lora_alpha", "lora_dropout")}
-        facts["lora"]["modules_to_save"] = list(map(cell, saved)) if isinstance(saved, list) else []
+        facts["lora"] = {
+            **{key: cell(adapter.get(key)) for key in ("r", "lora_alpha", "lora_dropout")},
+            "modules_to_save": list(map(cell, saved)) if isinstance(saved, list) else [],
+        }
     return facts
 
 
@@ -258,7 +261,7 @@ def _count_weights(staged: StagedRepo) -> tuple[int, list[str]]:
                     number = math.prod(view.get_shape())
                     total += number
                     by_dtype[view.get_dtype()] = by_dtype.get(view.get_dtype(), 0) + number
-    return total, sorted(by_dtype, key=by_dtype.get, reverse=True)
+    return total, sorted(by_dtype, key=by_dtype.__getitem__, reverse=True)
 
 
 def _readable(number: int) -> str:
@@ -285,8 +288,8 @@ def _sees(sizes: ImageSizing) -> str:
 
 
 def _token_table(sizes: ImageSizing) -> list[dict[str, Any]]:
-    sides = sorted({sizes.size, *(one for one in _RESOLUTIONS if one % sizes.stride == 0)})
     own = sizes.size if mode_of(sizes).square else None
+    sides = sorted({sizes.size, *(one for one in RESOLUTIONS if one % sizes.stride == 0)})
     return [{"side": one, "tokens": (one // sizes.stride) ** 2, "own": one == own} for one in sides]
 
 

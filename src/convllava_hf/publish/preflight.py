@@ -1,4 +1,4 @@
-"""What is looked at before anything leaves the machine: the files themselves, and whether a stranger can use them."""
+"""The checks before anything leaves the machine: the files themselves, and whether somebody else can use them."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ _HOME = re.compile(
 )
 _PATH = re.compile(r"(/|~/)[\w.-]+/[\w.-]|[A-Za-z]:[\\/]\w|\\\\\w|file:")
 _BINARY = (".safetensors", ".model", ".jpg", ".png")
-# A vocabulary holds whatever its corpus held, paths too; no person wrote it.
+# A vocabulary holds what its corpus held, paths too; no person wrote it.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
 _OPTIMIZER = re.compile(r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|optimizer|master_param)(\.|$)")
 
@@ -51,7 +51,7 @@ _OPTIMIZER = re.compile(r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|optimizer|ma
 class WidgetExample:
     """An image and a question that the model is asked before it is published.
 
-    `name`: the image's path among the published files, or `None` for one that is made for the check alone.
+    `name`: the image's path among the published files, or `None` for one that is made for the check only.
     """
 
     question: str
@@ -83,7 +83,7 @@ def check_files(staged: StagedRepo, token: str | None = None) -> None:
 def run_smoke_test(
     staged: StagedRepo, shown: list[WidgetExample], token: str | None = None, trust_remote_code: bool = False
 ) -> list[str]:
-    """The model's answers in a fresh process, from the staged folder alone and without this package.
+    """The model's answers in a fresh process, from only the staged folder and without this package.
 
     Args:
         shown: what to ask; with nothing, an image made for it.

@@ -1,10 +1,11 @@
-"""`push`: a checkpoint becomes a page on the Hub, after it was checked as a stranger would use it."""
+"""`push`: a checkpoint becomes a page on the Hub, after it was checked as somebody else would use it."""
 
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -68,7 +69,7 @@ def push(
     Args:
         model: folder of a full model or of a LoRA adapter.
         repo_id: owner/name on the Hub; made if it is not there.
-        about: what only the publisher knows, the license above all.
+        about: what only the publisher knows, such as the license.
         results: evaluation files, see `results`.
         examples: images and questions; the model's answers come from the check. Images are uploaded without their
             metadata.
@@ -78,14 +79,14 @@ def push(
         create_pr: propose the commit as a pull request.
         force: overwrite files that others have changed on the Hub.
         dry_run: check and render, upload nothing and ask the Hub nothing about the repository.
-        token: `"environment"` or `"login"`, to take the token from there alone.
+        token: `"environment"` or `"login"`, to take the token only from there.
         space: id of a Space that gets the demo of this model, in a commit of its own after the model's.
-        max_shard_size: larger files of weights are written anew in shards of this size.
+        max_shard_size: larger files of weights are rewritten in shards of this size.
         trust_remote_code: publish code of the checkpoint that is not this package's, and run it in the check, which
             is done without otherwise; for an adapter, run the base model's own code too.
 
     Raises:
-        ConvLlavaError: something is not fit to be published, the Hub refuses it, or others have changed files there.
+        ConvLlavaError: something must not be published, the Hub refuses it, or others have changed files there.
     """
     target = Target(str(repo_id), revision=revision, create_pr=create_pr, private=private)
     space_target = Target(space, kind="space", private=private) if space else None
@@ -94,7 +95,7 @@ def push(
     about.check()
     measured = read_results(*results)
     secret = find_token(token, required=not dry_run)
-    publisher = None if dry_run else Publisher(secret)
+    publisher = None if dry_run or secret is None else Publisher(secret)
     if publisher is not None:
         for one in filter(None, (target, space_target)):
             publisher.check_access(one)
@@ -118,11 +119,8 @@ def push(
         logger.info("Loading the model in a fresh process from what will be published.")
         answers = run_smoke_test(staged, shown, secret, trust_remote_code)
         given = CardInput(target.repo_id, about, measured, shown, answers[: len(shown)], revision)
-        card = render_card(staged, given)
-        (staged.folder / CARD).write_text(card, encoding="utf-8")
-        check_files(staged, secret)
-        pushed = Pushed(target.repo_id, left_out=staged.left_out, card=card, answers=answers, dry_run=dry_run)
-        pushed.files = {name: staged.size(name) for name in staged.names()}
+        pushed = _with_card(staged, given, secret)
+        pushed.answers, pushed.dry_run = answers, dry_run
         if publisher is not None:
             files = {name: staged.folder / name for name in staged.names()}
             title = f"Publish {Path(model).resolve().name}"
@@ -131,6 +129,15 @@ def push(
     if space_target is not None:
         _push_space(pushed, publisher, space_target, force)
     return pushed
+
+
+def _with_card(staged: StagedRepo, given: CardInput, secret: str | None) -> Pushed:
+    """What will be published, after the card was written and all files were checked."""
+    card = render_card(staged, given)
+    (staged.folder / CARD).write_text(card, encoding="utf-8")
+    check_files(staged, secret)
+    files = {name: staged.size(name) for name in staged.names()}
+    return Pushed(given.repo_id, files, left_out=staged.left_out, card=card)
 
 
 def _push_space(pushed: Pushed, publisher: Publisher | None, target: Target, force: bool) -> None:
@@ -152,7 +159,7 @@ def _stage_example(staged: StagedRepo, number: int, image: str | os.PathLike, qu
     if not question.strip():
         raise ConvLlavaError(f"The example {os.fspath(image)!r} comes without a question.")
     try:
-        with open_image(image, repr(os.fspath(image))) as opened:
+        with open_image(str(os.fspath(image)), repr(os.fspath(image))) as opened:
             if opened.width * opened.height > _MAX_EXAMPLE_PIXELS:
                 raise ConvLlavaError(
                     f"The example {os.fspath(image)!r} has {opened.width} x {opened.height} pixels, too many for a "
@@ -166,7 +173,8 @@ def _stage_example(staged: StagedRepo, number: int, image: str | os.PathLike, qu
     path = staged.folder / str(shown.name)
     path.parent.mkdir(exist_ok=True)
     clean = Image.frombytes("RGB", pixels.size, pixels.tobytes())
-    clean.save(path, **({"quality": 95} if suffix == "jpg" else {"optimize": True}))
+    options: dict[str, Any] = {"quality": 95} if suffix == "jpg" else {"optimize": True}
+    clean.save(path, **options)
     return shown
 
 

@@ -14,10 +14,11 @@ A file is JSON: one result, a list of results, or an object with a list `results
 | `setting` | optional | what else decides the score: `"1536 px, without OCR tokens"` |
 | `source_name`, `source_url` | optional | who measured it, if it was not the model's publisher; both or neither |
 
-Other keys are left alone, so a benchmark's own record can be given as it is.
+Other keys are ignored, so a benchmark's own record can be given as it is.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +27,13 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..errors import ConvLlavaError
+from ..evaluation.paper import PAPER, REFCOCO
+from ..evaluation.validating import is_count, is_number
 from .markdown import cell
 
 
-# The benchmarks of the paper's table 5, in its order. The card lists all of them, measured or not.
-PAPER_BENCHMARKS = (
-    "MME",
-    "MMBench",
-    "SEED",
-    "RealWorldQA",
-    "MMMU",
-    "MMVet",
-    "TextVQA",
-    "DocVQA",
-    "POPE",
-    "RefCOCO",
-)
+# The card lists all of the paper's benchmarks, measured or not.
+_PAPER_BENCHMARKS = tuple("RefCOCO" if name == REFCOCO else name for name in PAPER)
 _URL = re.compile(r"https?://[\w.~:/?#@!$&*+,;=%-]+")
 _LONGEST_TEXT = 500  # characters
 _TEXTS = ("benchmark", "metric", "dataset", "split", "config", "setting", "source_name", "source_url")
@@ -66,7 +58,7 @@ class Result:
     source_url: str | None = None
 
 
-def read_results(*files: str | Path) -> list[Result]:
+def read_results(*files: str | os.PathLike) -> list[Result]:
     """The results in evaluation files, in their order.
 
     Raises:
@@ -90,8 +82,8 @@ def read_results(*files: str | Path) -> list[Result]:
 
 def table_rows(results: list[Result]) -> list[dict[str, str]]:
     """The card's table: the paper's benchmarks, those without a result left empty, then the others."""
-    measured = {name: [result for result in results if _same(result.benchmark, name)] for name in PAPER_BENCHMARKS}
-    others = [result for result in results if not any(_same(result.benchmark, name) for name in PAPER_BENCHMARKS)]
+    measured = {name: [result for result in results if _same(result.benchmark, name)] for name in _PAPER_BENCHMARKS}
+    others = [result for result in results if not any(_same(result.benchmark, name) for name in _PAPER_BENCHMARKS)]
     rows = []
     for name, found in measured.items():
         rows += [_row(result) for result in found] or [{"benchmark": name, "metric": "", "score": "", "details": ""}]
@@ -128,7 +120,7 @@ def _entries(path: Path) -> list[Any]:
         content = content.get("results", content)
     entries = content if isinstance(content, list) else [content]
     if not entries:
-        raise ConvLlavaError(f"The results {str(path)!r} hold no result: leave the file out.")
+        raise ConvLlavaError(f"The results {str(path)!r} hold no result: leave out the file.")
     return entries
 
 
@@ -140,17 +132,17 @@ def _result(entry: Any, where: str) -> Result:
             raise ConvLlavaError(f"{where}: {key} is {entry.get(key)!r}; expected a text.")
     if long := [key for key, value in entry.items() if key in _TEXTS and len(str(value)) > _LONGEST_TEXT]:
         raise ConvLlavaError(f"{where}: {long[0]} has more than {_LONGEST_TEXT} characters, too many for a table.")
-    if not _is_number(entry.get("score")):
+    if not is_number(entry.get("score")):
         raise ConvLlavaError(f"{where}: score is {entry.get('score')!r:.60}; expected a finite number.")
     for key in ("split", "config", "setting", "source_name", "source_url"):
         if entry.get(key) is not None and not isinstance(entry[key], str):
             raise ConvLlavaError(f"{where}: {key} is {entry[key]!r}; expected a text.")
     for key in ("samples", "failures"):
-        if entry.get(key) is not None and (type(entry[key]) is not int or entry[key] < 0):
+        if entry.get(key) is not None and not is_count(entry[key]):
             raise ConvLlavaError(f"{where}: {key} is {entry[key]!r}; expected a number of samples.")
     interval = entry.get("interval")
     if interval is not None:
-        if not (isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))):
+        if not (isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval))):
             raise ConvLlavaError(f"{where}: interval is {interval!r}; expected [low, high].")
         interval = (interval[0], interval[1])
     if bool(entry.get("source_name")) != bool(entry.get("source_url")):
@@ -159,10 +151,6 @@ def _result(entry: Any, where: str) -> Result:
         raise ConvLlavaError(f"{where}: source_url is {entry['source_url']!r:.80}; expected an address with https://.")
     fields = {name: entry.get(name) for name in Result.__dataclass_fields__}
     return Result(**{**fields, "interval": interval})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN either
 
 
 def _same(benchmark: str, name: str) -> bool:

@@ -1,7 +1,8 @@
-"""Which files of a checkpoint are published: a folder of their own, beside the one that they come from."""
+"""Which files of a checkpoint are published: a folder of their own, next to the one that they come from."""
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..convert.checkpoint_files import Weights
 from ..convert.writing import ShardWriter, parse_size
 from ..errors import ConvLlavaError
+from ..inference.loading import PROCESSOR_FILES
 from ..inference.trust import AUTO_MAP_FILES, references
 from ..modeling.configuration_convllava import ConvLlavaConfig
 from ..modeling.modeling_convllava import AUTO_MAP
@@ -30,14 +32,13 @@ CARD = "README.md"
 MAX_SHARD_SIZE = "5GB"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
-_PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What a checkpoint may bring. Only what is named here leaves the machine: optimizer states, pickled arguments, logs
-# and whatever else lies in a folder of training never do.
+# and other files in a folder of training never do.
 _SETTINGS = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
-    *_PROCESSOR_FILES,
+    *PROCESSOR_FILES,
     "processor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -49,7 +50,7 @@ _BESIDES = (RECORD_FILE, "loss.png", "LICENSE*", "NOTICE*")
 _ENDPOINT = ("handler.py", "requirements.txt")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What decides how a repository loads. Files of these names that an earlier push left and this one lacks are removed
-# with it: model.safetensors beside the shards of a newer push would be what readers get.
+# with it: model.safetensors next to the shards of a newer push would be what readers get.
 LOADED = (
     *_SETTINGS,
     *_ENDPOINT,
@@ -95,7 +96,7 @@ class StagedRepo:
 
 
 def stage(
-    source: str | Path,
+    source: str | os.PathLike,
     folder: Path,
     *,
     base_model: str | None = None,
@@ -109,7 +110,7 @@ def stage(
         folder: an empty folder.
         base_model: for an adapter, the id on the Hub of the model that it was trained on; default: what its
             adapter_config.json names, if that is an id.
-        max_shard_size: a larger file of weights is written anew in shards of at most this size.
+        max_shard_size: a larger file of weights is rewritten in shards of at most this size.
         trust_remote_code: whether code in `source` that is not this package's is published, and run in the check.
 
     Raises:
@@ -122,10 +123,10 @@ def stage(
     check_links(source, (*_SETTINGS, *_WEIGHTS, "*.py"))
     is_adapter = (source / "adapter_config.json").is_file()
     staged = StagedRepo(folder, source, _base_of(source, base_model) if is_adapter else None)
-    if missing := [name for name in _PROCESSOR_FILES if not (source / name).is_file()]:
+    if missing := [name for name in PROCESSOR_FILES if not (source / name).is_file()]:
         raise ConvLlavaError(
             f"{source} lacks the processor's {', '.join(missing)}, without which nobody can use the model. Save the "
-            f'processor beside it: AutoProcessor.from_pretrained(...).save_pretrained("{source}")'
+            f'processor along with it: AutoProcessor.from_pretrained(...).save_pretrained("{source}")'
         )
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _SETTINGS):
@@ -174,7 +175,7 @@ def _stage_adapter(staged: StagedRepo) -> None:
     if not weights.is_file():
         raise ConvLlavaError(f"{staged.source} holds no {ADAPTER}: save the adapter as safetensors.")
     _link(file_inside(weights, staged.source), staged.folder / ADAPTER)
-    (staged.folder / "config.json").unlink(missing_ok=True)  # beside an adapter it would hide the base model's
+    (staged.folder / "config.json").unlink(missing_ok=True)  # next to an adapter it would hide the base model's
 
 
 def _stage_model(staged: StagedRepo, max_shard_bytes: int) -> None:
@@ -212,7 +213,7 @@ def _named_shards(source: Path) -> list[str]:
         raise ConvLlavaError(f"{source / INDEX} has no weight_map.")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
-        raise ConvLlavaError(f"{source / INDEX} names {outside[0]!r}, which is not a file beside it.")
+        raise ConvLlavaError(f"{source / INDEX} names {outside[0]!r}, which is not a file next to it.")
     return names
 
 
@@ -285,7 +286,7 @@ def _stage_code(staged: StagedRepo, trusted: bool) -> None:
 
 
 def _own_code(source: Path, named: set[str]) -> set[Path]:
-    """The checkpoint's files of these modules and all that they import from beside them; some may be missing.
+    """The checkpoint's files of these modules and all the files that these import; some may be missing.
 
     Raises:
         ConvLlavaError: one is a link that leads out of the checkpoint.
@@ -314,7 +315,7 @@ def _references(staged: StagedRepo) -> list[str]:
 
 
 def _tidy(path: Path, base_model: str | None) -> None:
-    """Takes out what concerns this machine alone, and completes what others need."""
+    """Removes what concerns only this machine, and adds what others need."""
     if path.name in ("tokenizer.json", "vocab.json", INDEX):
         return
     before = read_json_object(path, "The checkpoint")
@@ -328,7 +329,7 @@ def _tidy(path: Path, base_model: str | None) -> None:
 
 
 def _without_sources(value: Any) -> Any:
-    """Without the places that things were loaded from, and with references to this repository's own code."""
+    """Without the paths that it was loaded from, and with references to this repository's own code."""
     if isinstance(value, list):
         return [_without_sources(entry) for entry in value]
     if not isinstance(value, dict):

@@ -5,21 +5,25 @@ function does the normalization that its definition asks for. Importing this loa
 library; `anls` needs rapidfuzz.
 """
 
-from .box_metrics import Box, box_iou, parse_boxes, to_unit_box, undo_square_padding
+from .box_metrics import MIN_IOU, Box, box_in_answer, box_iou, parse_boxes, to_unit_box, undo_square_padding
 from .choices import parse_choice, parse_yes_no
 from .documents import anls, ocrbench_score, relaxed_accuracy
 from .vqa import exact_match, normalize_vqa, textvqa_accuracy, vqa_accuracy
-from .yes_no import MME_COGNITION, MME_PERCEPTION, MmeRow, mme_scores, pope_scores
+from .yes_no import MME_COGNITION, MME_PERCEPTION, MmeRow, f1_score, mme_points, mme_scores, pope_scores
 
 
 __all__ = [
+    "MIN_IOU",
     "MME_COGNITION",
     "MME_PERCEPTION",
     "Box",
     "MmeRow",
     "anls",
+    "box_in_answer",
     "box_iou",
     "exact_match",
+    "f1_score",
+    "mme_points",
     "mme_scores",
     "normalize_vqa",
     "ocrbench_score",

@@ -1,4 +1,4 @@
-"""Which option, or yes or no, a free answer means: by rules alone, `None` where they do not tell."""
+"""Which option, or yes or no, a free answer means, by rules; `None` where they do not decide."""
 
 import re
 import string
@@ -27,9 +27,9 @@ _SHORT = {"y": True, "n": False}
 def parse_choice(prediction: str, choices: Sequence[str]) -> int | None:
     """The index of the option that an answer to a multiple-choice question means; `None` if it names none or several.
 
-    In this order: a letter alone (`B`, `(b)`); an option's text and nothing else; a letter with its mark before the
+    In this order: only a letter (`B`, `(b)`); an option's text and nothing else; a letter with its mark before the
     rest (`B. a dog`); the letter that is called the answer (`The answer is B`), one if there are several; the only
-    capital letter that stands by itself, but not the article; the only option whose text occurs, as whole words, one
+    capital letter that is a word, but not the article; the only option whose text occurs, as whole words, one
     within another not counted. This is what MMBench (arXiv 2307.06281) calls heuristic matching.
 
     Args:
@@ -47,7 +47,8 @@ def parse_choice(prediction: str, choices: Sequence[str]) -> int | None:
     if folded.count(_fold(text)) == 1:
         return folded.index(_fold(text))
     if match := _LETTER_FIRST.match(text):
-        if (index := _index(match[match.lastindex], len(choices))) is not None:
+        (letter,) = filter(None, match.groups())
+        if (index := _index(letter, len(choices))) is not None:
             return index
     mentions = _mentions(text, choices)
     rest = _without(text, [span for index, spans in mentions.items() if len(choices[index]) > 1 for span in spans])

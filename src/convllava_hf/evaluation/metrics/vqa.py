@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .answers import check_answers
 
 
-# Each stands for every spelling that lacks exactly one of its apostrophes, as in the official table.
+# Each is the correction of every spelling that lacks exactly one of its apostrophes, as in the official table.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock
@@ -41,7 +41,7 @@ _LEAST_ANSWERS = 4  # with fewer, leaving one out, no prediction could agree wit
 def normalize_vqa(text: str) -> str:
     """The official normalization of VQA v2: punctuation, number words up to ten, articles, apostrophes, lower case.
 
-    Punctuation becomes a blank, or nothing where the same mark stands beside a blank or the text has a comma between
+    Punctuation becomes a blank, or nothing where the same mark is next to a blank or the text has a comma between
     digits. Periods go unless a digit follows. Apostrophes and colons stay.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -93,7 +93,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 def _agreement(prediction: str, answers: Sequence[str]) -> float:
     matches = answers.count(prediction)
-    # Whoever gave the same answer sees one match less among the others.
+    # A person who gave the same answer has one match less among the others.
     same, different = min(1.0, max(matches - 1, 0) / 3), min(1.0, matches / 3)
     return (matches * same + (len(answers) - matches) * different) / len(answers)
 

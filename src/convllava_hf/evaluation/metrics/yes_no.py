@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...errors import ConvLlavaError
 
@@ -31,6 +31,26 @@ class MmeRow(NamedTuple):
     answer: bool
 
 
+def f1_score(hits: Any, said_yes: Any, are_yes: Any, scale: float = 1.0) -> Any:
+    """The F1 of saying yes, from counts or arrays of counts; 0 without a hit.
+
+    Args:
+        hits: answers of yes that are right.
+        said_yes, are_yes: answers of yes, and questions whose answer is yes.
+        scale: the score of answers that are all right.
+    """
+    return 2 * scale * hits / (said_yes + are_yes + (hits == 0))  # without a hit the denominator may be 0
+
+
+def mme_points(right: Sequence[float]) -> float:
+    """What an image of MME adds to its category's mean: the percentage of right answers, and 100 if all are.
+
+    Args:
+        right: 1 or 0 for each of its questions.
+    """
+    return 100 * sum(right) / len(right) + 100 * all(right)
+
+
 def pope_scores(predictions: Sequence[bool | None], answers: Sequence[bool]) -> dict[str, float]:
     """POPE's `accuracy`, and `precision`, `recall` and `f1` of saying yes, and the `yes_ratio`: the share of yes.
 
@@ -53,7 +73,7 @@ def pope_scores(predictions: Sequence[bool | None], answers: Sequence[bool]) -> 
         "accuracy": right / len(answers),
         "precision": hits / said_yes if said_yes else 0.0,
         "recall": hits / are_yes if are_yes else 0.0,
-        "f1": 2 * hits / (said_yes + are_yes) if hits else 0.0,
+        "f1": float(f1_score(hits, said_yes, are_yes)),
         "yes_ratio": said_yes / len(answers),
     }
 
@@ -62,8 +82,8 @@ def mme_scores(rows: Iterable[MmeRow]) -> dict[str, float]:
     """MME's scores: each category that occurs, up to 200, and the sums `perception`, up to 2000, and `cognition`, 800.
 
     Fu et al., "MME" (arXiv 2306.13394): a category's score is its accuracy in percent, and the percentage
-    of images of which both questions were answered rightly. A sum stands in the result only if a category of it
-    occurs.
+    of images of which both questions were answered rightly. A sum is in the result only if one of its
+    categories occurs.
 
     Raises:
         ConvLlavaError: no rows, a category that MME does not have, or an image with other than two questions.
@@ -92,6 +112,4 @@ def _mme_category(category: str, images: dict[str, list[bool]]) -> float:
                 f"The image {image_id!r} of MME's {category} has {len(right)} answers, and two are expected. "
                 "Leave out images whose other question failed or was not asked."
             )
-    questions = [answer for right in images.values() for answer in right]
-    both = sum(all(right) for right in images.values())
-    return 100 * sum(questions) / len(questions) + 100 * both / len(images)
+    return sum(map(mme_points, images.values())) / len(images)

@@ -20,10 +20,8 @@ class BoxAccuracy(evaluate_base.Module):
     def _compute(self, predictions, references, widths, heights, padded=True):
         found = 0
         for prediction, truth, width, height in zip(predictions, references, widths, heights, strict=True):
-            for box in metrics.parse_boxes(prediction)[:1]:
-                box = metrics.to_unit_box(box)
-                box = metrics.undo_square_padding(box, width, height) if padded else box
-                left, top, right, bottom = truth
-                unit = (left / width, top / height, right / width, bottom / height)
-                found += metrics.box_iou(box, unit) >= 0.5
+            box = metrics.box_in_answer(prediction, width, height, padded)
+            left, top, right, bottom = truth
+            unit = (left / width, top / height, right / width, bottom / height)
+            found += box is not None and metrics.box_iou(box, unit) >= metrics.MIN_IOU
         return {self.name: found / len(predictions)}
