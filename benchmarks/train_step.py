@@ -71,7 +71,7 @@ def run_child(settings: dict) -> dict:
 def child(settings: dict) -> dict:
     if settings.get("loader"):
         return load_alone(settings)
-    recipe = ROOT / "recipes" / "convllava-7b-768" / f"{STAGES[settings['stage']]}.yaml"
+    recipe = ROOT / "recipes" / "convllava-7b" / f"{STAGES[settings['stage']]}.yaml"
     return measure({**settings, "recipe": recipe})
 
 

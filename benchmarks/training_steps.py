@@ -61,9 +61,7 @@ def make_data(folder: Path, words: Sequence[int]) -> None:
 def recipe_of(settings: dict[str, Any]) -> Path:
     """The recipe whose settings a run takes: the 1.5B model's for the smaller Qwen too, else the 7B model's."""
     small = settings["model"] in ("0.5b", "1.5b")
-    folder = "convllava-1.5b-768" if small else f"convllava-7b-{settings['side']}"
-    if not (ROOT / "recipes" / folder).exists():
-        folder = "convllava-7b-768"
+    folder = "convllava-1.5b" if small else "convllava-7b"
     return ROOT / "recipes" / folder / f"{STAGES[settings['stage']]}.yaml"
 
 
@@ -72,7 +70,7 @@ def make_trainer(settings: dict[str, Any], callbacks: Sequence[Any]):
 
     Args:
         settings: `folder` with what `make_data` made, `model`, `side`, `stage`, `batch`, `steps` that are counted,
-            `workers`, `checkpointing` (`None` as the recipe has it), `recipe` (default: by model and side) and
+            `workers`, `checkpointing` (`None` as the recipe has it), `recipe` (default: by model and stage) and
             `options`, more keys of a recipe.
     """
     import torch

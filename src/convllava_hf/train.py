@@ -1,10 +1,11 @@
-"""Trains a ConvLLaVA from a recipe: `accelerate launch -m convllava_hf.train --config recipes/...yaml`."""
+"""Trains a ConvLLaVA from a recipe; `convllava train` runs this, in one process or in several."""
 
 import logging
 import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,11 +18,11 @@ from .inference.loading import check_checkpoint, load_processor
 from .inference.trust import from_checkpoint, pickled_code
 from .modeling.modeling_convllava import ConvLlavaForConditionalGeneration
 from .training.arguments import LORA_TARGETS, DataArguments, TrainingArguments, check_arguments, make_parser
-from .training.checkpoints import checkpoint_error, get_last_complete_checkpoint
 from .training.disk import checkpoint_bytes, reporting_full_disk
 from .training.plotting import save_loss_curve
-from .training.recipe_checks import check_model
+from .training.recipe_checks import check_model, check_resolution
 from .training.recording import save_training_record
+from .training.resuming import checkpoint_to_resume
 from .training.template_check import check_chat_template
 from .training.trainable import format_table, set_trainable, trainable_table
 from .training.trainer import ConvLlavaTrainer
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Remedies where a device's memory does not suffice.
 _SMALLER_MODEL = (
     "set dtype: bfloat16, train an adapter on a model in 4 bits (use_peft, load_in_4bit), or shard the model over "
-    "several GPUs (recipes/accelerate/fsdp2.yaml)."
+    "several GPUs (--accelerate_config fsdp2)."
 )
 _SMALLER_STEP = (
     "Set a smaller per_device_train_batch_size, with more gradient_accumulation_steps for the same batch; let images "
@@ -68,18 +69,7 @@ def train(
 ) -> ConvLlavaTrainer:
     """Loads, chooses what trains, trains, and saves a checkpoint that the next stage loads."""
     check_arguments(data, training, model_config)
-    if model_config.model_name_or_path and Path(model_config.model_name_or_path).is_dir():
-        check_links(model_config.model_name_or_path)  # its tokenizer, template and record are saved again
-    resume = _checkpoint_to_resume(training)
-    if resume is not None and not training.trust_remote_code:
-        _check_pickles(Path(resume), Path(training.output_dir))
-    source = {"revision": model_config.model_revision, "trust_remote_code": training.trust_remote_code}
-    check_checkpoint(model_config.model_name_or_path, **source)
-    if model_config.use_peft and model_config.lora_target_modules is None:
-        model_config.lora_target_modules = LORA_TARGETS
-    check_model(training, model_config)
-    processor = load_processor(model_config.model_name_or_path, **source, image_options=data.image_options)
-    check_chat_template(processor, training.assistant_only_loss)
+    resume, processor = _prepare(data, training, model_config)
     dataset = load_training_data(
         data.dataset_name,
         split=data.dataset_train_split,
@@ -91,14 +81,47 @@ def train(
         seed=training.seed,
         bad_samples=data.bad_samples,
     )
-    name = f"the model {model_config.model_name_or_path!r}"
-    with explain_out_of_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
+    with explain_out_of_memory(_model_name(model_config), training.device, f"Remedies: {_SMALLER_MODEL}"):
         model = _load_model(model_config, training.trust_remote_code)
     if not model_config.use_peft:
         set_trainable(model, training.trainable)
+    trainer = _make_trainer(model, processor, dataset, data, training, model_config, callbacks)
+    if trainer.is_world_process_zero():
+        logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
+    _run(trainer, training, resume)
+    _save(trainer, data, training, model_config)
+    return trainer
+
+
+def _prepare(data: DataArguments, training: TrainingArguments, model_config: ModelConfig) -> tuple[str | None, Any]:
+    """Checks everything that needs no weights; the checkpoint to resume from, and the processor."""
+    name = model_config.model_name_or_path
+    if name and Path(name).is_dir():
+        check_links(name)  # its tokenizer, template and record are saved again
+    resume = checkpoint_to_resume(training)
+    source = {"revision": model_config.model_revision, "trust_remote_code": training.trust_remote_code}
+    check_checkpoint(name, **source)
+    if model_config.use_peft and model_config.lora_target_modules is None:
+        model_config.lora_target_modules = LORA_TARGETS
+    check_model(training, model_config)
+    processor = load_processor(name, **source, image_options=data.image_options)
+    check_resolution(data.resolution, processor, name)
+    check_chat_template(processor, training.assistant_only_loss)
+    return resume, processor
+
+
+def _make_trainer(
+    model,
+    processor,
+    dataset,
+    data: DataArguments,
+    training: TrainingArguments,
+    model_config: ModelConfig,
+    callbacks: Sequence[TrainerCallback] | None,
+) -> ConvLlavaTrainer:
     evaluation = _evaluation_data(data, training)
     try:
-        with explain_out_of_memory(name, training.device, f"Remedies: {_SMALLER_MODEL}"):
+        with explain_out_of_memory(_model_name(model_config), training.device, f"Remedies: {_SMALLER_MODEL}"):
             trainer = ConvLlavaTrainer(
                 model=model,
                 args=training,
@@ -121,8 +144,10 @@ def train(
             "merge_adapter does not work with sharded parameters (FSDP, DeepSpeed): leave it out, and merge the saved "
             "adapter afterwards with peft's merge_and_unload."
         )
-    if trainer.is_world_process_zero():
-        logger.warning("What trains:\n%s", format_table(trainable_table(trainer.model)))
+    return trainer
+
+
+def _run(trainer: ConvLlavaTrainer, training: TrainingArguments, resume: str | None) -> None:
     step = f"a training step with {training.per_device_train_batch_size} samples at once"
     try:
         with explain_out_of_memory(step, training.device, _SMALLER_STEP):
@@ -131,8 +156,10 @@ def train(
         if resume is None:
             raise
         raise ConvLlavaError(pickled_code(resume)) from error
-    _save(trainer, data, training, model_config)
-    return trainer
+
+
+def _model_name(model_config: ModelConfig) -> str:
+    return f"the model {model_config.model_name_or_path!r}"
 
 
 def _evaluation_data(data: DataArguments, training: TrainingArguments):
@@ -169,56 +196,6 @@ def _load_model(model_config: ModelConfig, trust_remote_code: bool):
         raise ConvLlavaError(
             f"Cannot load the checkpoint {model_config.model_name_or_path!r}: {first_line(error)}"
         ) from error
-
-
-def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from, `None` for a fresh run.
-
-    `resume_from_checkpoint` is a checkpoint's folder, or `true` for the last complete one in `output_dir`.
-
-    Raises:
-        ConvLlavaError: a fresh run would mix its checkpoints with those of another, or the named one is incomplete.
-    """
-    wanted = training.resume_from_checkpoint
-    if str(wanted).lower() in ("none", "false"):
-        if any(Path(training.output_dir).glob("checkpoint-*")):
-            raise ConvLlavaError(
-                f"{training.output_dir} holds checkpoints of an earlier run. Pass --resume_from_checkpoint true to go "
-                "on with it, or choose another --output_dir."
-            )
-        return None
-    if str(wanted).lower() != "true":
-        if (fault := checkpoint_error(Path(wanted))) is not None:
-            raise ConvLlavaError(
-                f"{wanted} cannot be resumed from: {fault}. --resume_from_checkpoint true takes the last complete one."
-            )
-        return str(wanted)
-    found = get_last_complete_checkpoint(training.output_dir)
-    logger.warning(
-        "Resuming from %s." if found else "There is no checkpoint in %s yet; starting from the beginning.",
-        found or training.output_dir,
-    )
-    return str(found) if found else None
-
-
-def _check_pickles(checkpoint: Path, output: Path) -> None:
-    """Refuses states that are read as pickles, which can run code, unless they are in this run's own folder.
-
-    What the trainer itself writes is read only as tensors and numbers, or not at all.
-
-    Raises:
-        ConvLlavaError: names what holds such states.
-    """
-    pickled = [
-        *checkpoint.rglob("*_0/.metadata"),
-        *(path for path in checkpoint.glob("global_step*") if path.is_dir()),
-    ]
-    if pickled and output.resolve() not in checkpoint.resolve().parents:
-        raise ConvLlavaError(
-            f"{checkpoint} holds {pickled[0].relative_to(checkpoint)}, states of FSDP or DeepSpeed that can run code "
-            "when they are read, and lies outside output_dir. Go on in the folder that it was saved in, or, if you "
-            "trust whoever made it, give --trust_remote_code true."
-        )
 
 
 def _save(

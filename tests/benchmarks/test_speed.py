@@ -1,7 +1,6 @@
 """The scripts of benchmarks/speed_*.py run: on tiny models, in the processes that they start."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -42,5 +41,5 @@ def test_peers_answer_prompts_with_as_many_visual_tokens_as_they_spend(tmp_path)
 @pytest.mark.slow
 def test_a_contender_that_is_not_there_is_refused(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "speed_towers.py"), "--contenders", "nobody", "--results", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fork_server.run(command)
     assert done.returncode == 1 and "There is no contender nobody" in done.stderr

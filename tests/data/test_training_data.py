@@ -337,7 +337,7 @@ def test_mixture_without_weights_takes_everything(tmp_path, load, golden, rows, 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_weights_are_shares(tmp_path, caplog, streaming):
-    caplog.set_level(logging.INFO, logger="convllava_hf.data.training_data")
+    caplog.set_level(logging.INFO, logger="convllava_hf.data.mixture")
     weights = {"a": 1, "b": 3, "c": 6, "d": 0}  # of any sum
     sizes = {"a": 1000, "b": 3000, "c": 900, "d": 5}  # `c` is used up first
     mixture = [{"path": text_file(tmp_path, name, sizes[name]), "weight": weights[name]} for name in weights]

@@ -294,6 +294,8 @@ def _set_hub_constants(env: dict[str, str], home: str) -> None:
     if "HF_ENDPOINT" in env:
         constants.ENDPOINT = hf_api.api.endpoint = env["HF_ENDPOINT"]
         constants.HUGGINGFACE_CO_URL_TEMPLATE = env["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
+    if hasattr(sys.modules["transformers.utils.hub"], "_is_offline_mode"):  # transformers 4
+        sys.modules["transformers.utils.hub"]._is_offline_mode = constants.HF_HUB_OFFLINE
     if "datasets" in sys.modules:
         config = sys.modules["datasets"].config
         config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE

@@ -1,4 +1,4 @@
-"""Runs code in a new Python, away from the checkout, where convllava_hf cannot be imported unless it is wanted."""
+"""Runs code in a fresh process, away from the checkout, where convllava_hf cannot be imported unless it is wanted."""
 
 import json
 import os

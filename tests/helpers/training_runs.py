@@ -19,7 +19,7 @@ from helpers.fresh_process import fresh_environment
 from helpers.paths import GOLDEN, ROOT
 
 
-RECIPES = ROOT / "recipes" / "convllava-7b-768"
+RECIPES = ROOT / "recipes" / "convllava-7b"
 STAGES = {1: "stage1_projector", 2: "stage2_pretrain", 3: "stage3_instruct"}
 STARTS = {1: "init", 2: "stage1", 3: "stage2"}  # golden checkpoints
 ON_CPU = {"use_cpu": "true", "bf16": "false", "dtype": "float32", "report_to": "none", "disable_tqdm": "true"}
@@ -41,12 +41,21 @@ def arguments_of(recipe: Path, model: Path, output: Path, **overrides) -> list[s
         "dataset_name": GOLDEN / "conversations.json",
         "image_folder": GOLDEN / "images",
         "output_dir": output,
+        "resolution": resolution_of(model),
         "logging_steps": 1,
         "dataloader_num_workers": 0,
         **ON_CPU,
         **overrides,
     }
     return ["--config", str(recipe), *options(**values)]
+
+
+def resolution_of(model: Path) -> int | None:
+    """The side of the squares that a checkpoint sees; `None` where its processor says nothing of them."""
+    file = Path(model) / "processor_config.json"
+    if not file.is_file():
+        return None
+    return json.loads(file.read_text())["image_processor"]["size"]["height"]
 
 
 def run(recipe: Path, model: Path, output: Path, **overrides):

@@ -226,11 +226,11 @@ def test_states_that_run_code_are_not_resumed_from(converted_checkpoint, tmp_pat
 
 @pytest.mark.parametrize("name", ["pytorch_model_fsdp_0/.metadata", "global_step1/mp_rank_00_model_states.pt"])
 def test_sharded_states_of_another_run_are_not_read(name, tmp_path):
-    from convllava_hf.train import _check_pickles
+    from convllava_hf.training.resuming import check_pickles
 
     state = tmp_path / "out" / "checkpoint-1" / name
     state.parent.mkdir(parents=True)
     state.write_bytes(b"")
-    _check_pickles(tmp_path / "out" / "checkpoint-1", tmp_path / "out")
+    check_pickles(tmp_path / "out" / "checkpoint-1", tmp_path / "out")
     with pytest.raises(ConvLlavaError, match=f"holds {name.partition('/')[0]}.*--trust_remote_code"):
-        _check_pickles(tmp_path / "out" / "checkpoint-1", tmp_path / "other")
+        check_pickles(tmp_path / "out" / "checkpoint-1", tmp_path / "other")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from convllava_hf.convert import assemble  # noqa: E402
 
 
-STAGE1 = RECIPES.parent / "convllava-1.5b-768" / "stage1_projector.yaml"
+STAGE1 = RECIPES.parent / "convllava-1.5b" / "stage1_projector.yaml"
 # What each family writes after an answer, and Vicuna's before it.
 ENDS = {
     **dict.fromkeys(("qwen3", "qwen3_instruct_2507"), "<|im_end|>\n"),

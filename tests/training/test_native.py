@@ -37,7 +37,7 @@ from convllava_hf.training.trainer import sample_lengths  # noqa: E402
 
 
 STAGE_2 = RECIPES / f"{STAGES[2]}.yaml"
-NATIVE_2 = RECIPES.parent / "convllava-7b-1536" / "stage2_native.yaml"
+NATIVE = {"preset": "large", "group_by_image_shape": "true"}  # as recipes/README.md has it
 # At stride 64 the golden images become 2 x 6, 6 x 2, 3 x 4 and 4 x 3 tokens, and small ones.
 IMAGES = {"image_aspect_ratio": "native", "min_pixels": 2 * 64**2, "max_pixels": 14 * 64**2}
 WHOLE = {
@@ -213,7 +213,7 @@ def test_trl_s_own_trainer_finds_them_in_the_checkpoint(whole, start):
     ],
 )
 def test_shapes_must_be_known_before_the_first_step(values, message, tmp_path):
-    arguments = arguments_of(NATIVE_2, tmp_path, tmp_path / "out", **values)
+    arguments = arguments_of(STAGE_2, tmp_path, tmp_path / "out", **{**NATIVE, **values})
     with pytest.raises(ConvLlavaError, match=message):
         check_arguments(*make_parser().parse_args_and_config(arguments))
 
@@ -228,15 +228,15 @@ def test_images_that_cannot_be_are_refused_before_the_model_is_loaded(start, tmp
 
 @pytest.mark.slow
 def test_the_recipes_train(start, tmp_path):
-    """The native recipes on the golden data, with the preset that they name."""
+    """Stages 2 and 3 with native images on the golden data, as recipes/README.md has them."""
     options = {
         "max_steps": 1,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "save_strategy": "no",
     }
-    second = run(NATIVE_2, start, tmp_path / "second", **options)
-    third = run(NATIVE_2.with_name("stage3_native.yaml"), tmp_path / "second", tmp_path / "third", **options)
+    second = run(STAGE_2, start, tmp_path / "second", **NATIVE, **options)
+    third = run(RECIPES / f"{STAGES[3]}.yaml", tmp_path / "second", tmp_path / "third", **NATIVE, **options)
     for trainer in (second, third):
         assert trainer.processing_class.image_processor.max_pixels == 1536**2
         assert np.isfinite(logged(trainer, "loss")).all()

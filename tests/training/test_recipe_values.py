@@ -214,6 +214,46 @@ def test_the_command_ends_with_code_2(capsys, tmp_path):
     assert said[-1].startswith("convllava: error: There is no folder 'no/model'")
 
 
+# --- resolution
+
+
+def test_the_resolution_replaces_its_name_in_texts(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "resolution: 768\noutput_dir: runs-{resolution}/{resolution}\nuse_cpu: true\nbf16: false\n"
+        "datasets:\n  - {path: 'data-{resolution}/a.json', weight: 1}\n"
+    )
+
+    def parsed(*options: str) -> tuple:
+        data, training, _ = make_parser().parse_args_and_config(["--config", str(path), *options])
+        return data.resolution, training.output_dir, data.datasets
+
+    assert parsed() == (768, "runs-768/768", [{"path": "data-768/a.json", "weight": 1}])
+    expected = (1536, "runs-1536/1536", [{"path": "data-1536/a.json", "weight": 1}])
+    assert parsed("--resolution", "1536") == parsed("--resolution=1536") == expected
+    assert parsed("--output_dir", "{resolution}/out")[1] == "768/out"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"output_dir": "runs-{resolution}"}, "output_dir is 'runs-{resolution}', but resolution is not set"),
+        ({"resolution": "large"}, "resolution in the recipe is 'large'; expected a whole number"),
+        ({"resolution": 0}, "resolution is 0; expected a number from 1 up"),
+        ({"resolution": 256}, "sees squares of 128 x 128 pixels: give --resolution 128, or name a checkpoint"),
+    ],
+)
+def test_a_resolution_that_cannot_be_is_refused(recipe, changes, message):
+    with pytest.raises(ConvLlavaError, match=message):
+        recipe(changes)
+
+
+def test_the_resolution_of_the_checkpoint_is_taken_and_native_images_have_none(recipe):
+    for changes in ({"resolution": 128}, {"resolution": 1536, "preset": "large"}):
+        with pytest.raises(ReachedWeights):
+            recipe(changes)
+
+
 # --- aliases
 
 

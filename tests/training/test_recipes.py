@@ -19,9 +19,10 @@ from helpers.paths import ROOT  # noqa: E402
 from helpers.tiny_models import make_config, make_model  # noqa: E402
 
 from convllava_hf import cli  # noqa: E402
-from convllava_hf.data.training_data import ENTRY_KEYS  # noqa: E402
+from convllava_hf.data.mixture import ENTRY_KEYS  # noqa: E402
 from convllava_hf.modeling.configuration_convllava import PRESETS  # noqa: E402
 from convllava_hf.training.arguments import LORA_TARGETS, check_arguments, make_parser  # noqa: E402
+from convllava_hf.training.launch import launch_arguments  # noqa: E402
 from convllava_hf.training.trainable import set_trainable  # noqa: E402
 
 
@@ -29,7 +30,15 @@ RECIPES = sorted((ROOT / "recipes").glob("convllava-*/*.yaml"))
 STAGED = [path for path in RECIPES if path.name.startswith("stage")]
 ADAPTERS = [path for path in RECIPES if path.stem in ("lora", "qlora")]
 MINIATURE = sorted((ROOT / "recipes" / "miniature").glob("*.yaml"))
-ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+RESOLUTIONS = {"convllava-7b": (768, 1024, 1536), "convllava-1.5b": (768,)}
+# TRL's accelerate configs that the recipes and their page name, and accelerate's names for what they do.
+ACCELERATE = {
+    "single_gpu": "NO",
+    "multi_gpu": "MULTI_GPU",
+    "fsdp2": "FSDP",
+    "zero2": "DEEPSPEED",
+    "zero3": "DEEPSPEED",
+}
 
 # arXiv 2405.15738, table 15; weight decay and length from the original's scripts.
 PAPER = {
@@ -60,17 +69,13 @@ def each(paths):
     return pytest.mark.parametrize("path", paths, ids=name_of)
 
 
-def parse(path: Path, parser=None):
+def parse(path: Path, *more: str, parser=None):
     """Every key known, on a machine without a GPU."""
-    return (parser or make_parser()).parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+    return (parser or make_parser()).parse_args_and_config(["--config", str(path), "--use_cpu", "true", *more])
 
 
 def values(path: Path) -> dict:
     return yaml.safe_load(path.read_text("utf-8"))
-
-
-def resolution(path: Path) -> int:
-    return int(path.parent.name.rsplit("-", 1)[1])
 
 
 def stage_of(path: Path) -> int:
@@ -88,22 +93,18 @@ def cost():
 
 @pytest.fixture(scope="module")
 def models(cost) -> dict:
-    """Models of the recipes' own shapes, without weights, by the name of the recipe's folder up to the resolution."""
+    """Models of the recipes' own shapes, without weights, by the name of the recipe's folder."""
     return {"convllava-7b": cost.empty_model(), "convllava-1.5b": cost.empty_model(cost.QWEN2_5_1_5B)}
 
 
 def model_of(path: Path, models: dict):
-    return models[path.parent.name.rsplit("-", 1)[0]]
+    return models[path.parent.name]
 
 
 def test_there_is_a_recipe_for_everything():
     stages = {"stage1_projector", "stage2_pretrain", "stage3_instruct"}
-    native = {"stage2_native", "stage3_native"}
-    for folder in ("convllava-7b-768", "convllava-7b-1024", "convllava-7b-1536"):
-        more = native if folder == "convllava-7b-1536" else set()
-        assert {path.stem for path in RECIPES if path.parent.name == folder} == stages | {"lora", "qlora"} | more
-    assert {path.stem for path in RECIPES if path.parent.name == "convllava-1.5b-768"} == stages | {"lora"}
-    assert {path.stem for path in ACCELERATE} == {"one_gpu", "ddp", "fsdp2", "zero2", "zero3"}
+    assert {path.stem for path in RECIPES if path.parent.name == "convllava-7b"} == stages | {"lora", "qlora"}
+    assert {path.stem for path in RECIPES if path.parent.name == "convllava-1.5b"} == stages | {"lora"}
 
 
 # --- the miniature
@@ -145,8 +146,10 @@ def test_what_the_first_lines_say_is_so(path):
     assert training.per_device_train_batch_size == per_device
     assert training.gradient_accumulation_steps == accumulated
     assert total == per_device * accumulated * devices
-    assert f"{(resolution(path) // 64) ** 2} visual tokens" in head
-    assert f"{resolution(path)} x {resolution(path)} pixels" in head
+    assert "768 x 768 pixels (144 visual tokens)" in head
+    if path in STAGED:
+        for side in RESOLUTIONS[path.parent.name][1:]:
+            assert f"--resolution {side} ({(side // 64) ** 2})" in head
 
 
 @each(RECIPES)
@@ -166,7 +169,7 @@ def test_the_memory_in_the_first_lines_is_what_is_counted(path, cost, models):
 @each(RECIPES)
 def test_images_are_never_cut(path):
     _, training, _ = parse(path)
-    tokens = (resolution(path) // 64) ** 2
+    tokens = (max(RESOLUTIONS[path.parent.name]) // 64) ** 2
     if path in ADAPTERS:  # data of any kind: several images, anywhere in the text
         assert training.max_length is None
     else:  # one image, at the start
@@ -203,13 +206,22 @@ def test_what_trains_is_what_the_paper_trains(path, models):
 
 @each(STAGED)
 def test_a_stage_starts_from_the_one_before(path):
-    _, training, model = parse(path)
-    folder = f"checkpoints/{path.parent.name}"
     names = ["assembled", "stage1_projector", "stage2_pretrain", "stage3_instruct"]
-    if path.stem == "stage3_native":
-        names[2] = "stage2_native"
-    assert training.output_dir == f"{folder}/{path.stem}"
-    assert model.model_name_or_path == f"{folder}/{names[stage_of(path) - 1]}"
+    for side in (None, 768, 1024, 1536):
+        data, training, model = parse(path, *([] if side is None else ["--resolution", str(side)]))
+        folder = f"checkpoints/{path.parent.name}-{side or 768}"
+        assert data.resolution == (side or 768)
+        assert training.output_dir == f"{folder}/{path.stem}"
+        assert model.model_name_or_path == f"{folder}/{names[stage_of(path) - 1]}"
+
+
+@each(STAGED)
+def test_the_resolution_changes_nothing_but_the_folders(path):
+    one, other = ({key: value for part in parse(path, "--resolution", side) for key, value in vars(part).items()}
+                  for side in ("768", "1536"))  # fmt: skip
+    assert {key for key in one if key not in ("bad_samples", "distributed_state") and one[key] != other[key]} == {
+        "resolution", "model_name_or_path", "output_dir"
+    }  # fmt: skip
 
 
 @each(STAGED)
@@ -224,33 +236,23 @@ def test_data_sets_name_where_their_images_are(path):
     assert len(entries) == {1: 4, 2: 5, 3: 1}[stage_of(path)]
 
 
-@pytest.mark.parametrize("stage, name", [(2, "stage2_pretrain"), (3, "stage3_instruct")])
-def test_native_recipes_differ_in_the_images_alone(stage, name):
-    folder = ROOT / "recipes" / "convllava-7b-1536"
-    native, square = values(folder / f"stage{stage}_native.yaml"), values(folder / f"{name}.yaml")
-    assert native.pop("preset") == "large" and PRESETS["large"] == 1536**2
-    assert native.pop("group_by_image_shape") is True
-    paths = ("model_name_or_path", "output_dir")
-    assert {key: native[key] for key in native if key not in paths} == {
-        key: square[key] for key in square if key not in paths
-    }
+def test_the_page_s_native_stages_follow_each_other(monkeypatch):
+    """Stages 2 and 3 with a preset of as many visual tokens as the squares have."""
+    monkeypatch.chdir(ROOT)
+    lines = [arguments for line in command_lines() if "--preset" in line and (arguments := trained_by(line))]
+    second, third = (make_parser().parse_args_and_config([*arguments, "--use_cpu", "true"]) for arguments in lines)
+    for data, training, _ in (second, third):
+        assert PRESETS[data.preset] == data.resolution**2
+        assert training.group_by_image_shape
+    assert second[2].model_name_or_path.endswith("-1536/stage1_projector")
+    assert third[2].model_name_or_path == second[1].output_dir != third[1].output_dir
 
 
 def test_a_data_set_on_the_command_line_replaces_the_recipe_s():
-    recipe = ROOT / "recipes" / "convllava-7b-768" / "stage2_pretrain.yaml"
+    recipe = ROOT / "recipes" / "convllava-7b" / "stage2_pretrain.yaml"
     arguments = ["--config", str(recipe), "--use_cpu", "true", "--dataset_name", "mine.json", "--image_folder", "."]
     data, _, _ = make_parser().parse_args_and_config(arguments)
     assert (data.dataset_name, data.image_folder, data.datasets) == ("mine.json", ".", None)
-
-
-def test_resolutions_differ_in_nothing_else():
-    for name in ("stage1_projector", "stage2_pretrain", "stage3_instruct", "lora", "qlora"):
-        texts = {
-            re.sub(r"\b(768|1024|1536)\b|\(\d+ visual", "N", path.read_text("utf-8"))
-            for path in RECIPES
-            if path.parent.name.startswith("convllava-7b-") and path.stem == name
-        }
-        assert len(texts) == 1, name
 
 
 # --- adapters
@@ -260,7 +262,7 @@ def test_resolutions_differ_in_nothing_else():
 def test_trl_s_own_script_takes_the_recipe(path):
     from trl.scripts import sft
 
-    _, training, model, _ = parse(path, sft.make_parser())
+    _, training, model, _ = parse(path, parser=sft.make_parser())
     assert not training.trust_remote_code  # which the command line says, see docs/train.md
     assert training.assistant_only_loss
     assert model.use_peft
@@ -295,28 +297,37 @@ def test_adapters_go_into_the_language_model_alone(path, text):
 # --- accelerate
 
 
-@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
-def test_accelerate_takes_its_files(path):
+def accelerate_config(name: str):
     from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
 
-    config = load_config_from_file(str(path))
-    assert config.mixed_precision == "bf16"
-    assert config.num_processes == (1 if path.stem == "one_gpu" else 8)
-    known = vars(launch_command_parser().parse_args(["script.py"]))
-    assert set({**config.fsdp_config, **config.deepspeed_config}) <= set(known)
-    kinds = {"one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    assert config.distributed_type.value == kinds[path.stem]
-    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(path.stem)
+    return load_config_from_file(launch_arguments(["--accelerate_config", name]).config_file)
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_trl_s_accelerate_configs_are_what_the_recipes_need(name):
+    """Eight GPUs and bfloat16; whole weights in checkpoints; accumulation and clipping as the recipe has them."""
+    config = accelerate_config(name)
+    assert (config.distributed_type.value, config.mixed_precision) == (ACCELERATE[name], "bf16")
+    assert config.num_processes == 8
+    assert config.deepspeed_config.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(name)
+    assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(config.deepspeed_config)
+    assert config.deepspeed_config.get("zero3_save_16bit_model") == (True if name == "zero3" else None)
+
+
+def test_the_accelerate_configs_that_are_named_exist():
+    texts = [page(), *(path.read_text("utf-8") for path in STAGED)]
+    for text in texts:
+        named = re.findall(r"--accelerate_config (\w+)(?: or (\w+))?", text)
+        assert {name for pair in named for name in pair if name} <= {*ACCELERATE, "NAME"}
+    assert all(f"`{name}`" in texts[0] for name in ACCELERATE)
 
 
 def fsdp_environment() -> dict[str, str]:
     """The environment that `accelerate launch` makes of the file."""
-    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"))
+    config = accelerate_config("fsdp2")
     arguments = Namespace(**vars(launch_command_parser().parse_args(["script.py"])))
     for key, value in {**vars(config), **config.fsdp_config, "use_fsdp": True, "dynamo_backend": "no"}.items():
         setattr(arguments, key, value)
@@ -363,10 +374,10 @@ def command_lines() -> list[list[str]]:
 
 def trained_by(line: list[str]) -> list[str] | None:
     """What a command hands to our script."""
+    if line[:2] == ["convllava", "train"] and "--accelerate_config" in line:
+        return launch_arguments(line[2:]).training_script_args
     if line[:2] == ["convllava", "train"]:
         return line[2:]
-    if line[:2] == ["accelerate", "launch"] and "convllava_hf.train" in line:
-        return line[line.index("convllava_hf.train") + 1 :]
     return None
 
 
@@ -391,9 +402,8 @@ def test_the_page_s_commands_are_parsed(monkeypatch):
 
 
 def test_the_readme_names_every_recipe_s_folder_and_file():
-    for path in [*RECIPES, *ACCELERATE]:
-        assert path.name in readme(), path
-        assert path.parent.name in readme() or path.parent.name.startswith("convllava-7b-"), path
+    for path in RECIPES:
+        assert path.name in readme() and f"`{path.parent.name}`" in readme(), path
 
 
 def test_the_page_s_way_of_merging_gives_the_adapted_model(checkpoint, tmp_path):

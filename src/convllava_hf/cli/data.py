@@ -121,13 +121,13 @@ def run_check(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     written = None if clean is None else clean.write(report)
-    told = report.as_dict()
-    told["boxes"] |= {"declared": args.boxes, "warning": report.boxes.warning(args.boxes)}
+    counts = report.as_dict()
+    counts["boxes"] |= {"declared": args.boxes, "warning": report.boxes.warning(args.boxes)}
     if args.json:
         more = {} if clean is None else {"clean_file": args.write_clean, "clean_samples": written}
-        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **told, **more}))
+        print(json.dumps({"file": args.file, "images": args.images, "model": args.model, **counts, **more}))
     else:
-        print("\n".join(_table(args, told)))
+        print("\n".join(_table(args, counts)))
         if clean is not None:
             print(f"\nWrote {written:,} of {report.samples:,} samples to {_printable(str(args.write_clean))}")
     return 0 if report.clean else 1

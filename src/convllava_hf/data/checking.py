@@ -16,11 +16,11 @@ from ..errors import ConvLlavaError, first_line
 from ..utils.texts import storable
 from .check_report import Problem, Report, Tokens
 from .conversations import SampleError, identity_of, images_of, sample_of
+from .dataset_files import folder_of_images, open_records
 from .image_files import examine
 from .json_reader import BrokenFileError, SampleFile
 from .paths import ImageFolder, located
 from .tokens import TokenCounter, template_fault
-from .training_data import folder_of_images, open_records
 
 
 CHUNK = 64  # samples that a worker takes at once

@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import ConvLlavaError
 from ..utils.texts import shown
 from .check_report import Report
+from .dataset_files import JSON_SUFFIXES, open_records
 from .json_reader import BrokenFileError, SampleFile
-from .training_data import JSON_SUFFIXES, open_records
 
 
 class CleanFile:

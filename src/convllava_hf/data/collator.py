@@ -181,7 +181,7 @@ class SafeImageCollator:
         return self.collator([{name: value for name, value in one.items() if name != "files"} for one in examples])
 
     def _without_most_extreme(self, examples: list[dict[str, Any]], error: Exception) -> list[dict[str, Any]]:
-        """The batch without the samples whose images, each good alone, are too different to be padded to one size.
+        """The batch without the samples whose images, each good by itself, are too different to be padded to one size.
 
         Raises:
             Exception: the given one, where there is no such sample or none may be skipped.

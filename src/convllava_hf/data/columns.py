@@ -1,7 +1,7 @@
 """Data sets of the Hub's form, in any columns, with the columns that training takes.
 
 Images that a table holds as bytes stay where they are, in files that are mapped into memory: only texts are written
-anew.
+again.
 """
 
 import functools

@@ -31,7 +31,7 @@ class Examined:
 
 
 def stored_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of an image, `bytes` or else a `path`, turned as EXIF says; `None` if they cannot be told.
+    """Height and width of an image, `bytes` or else a `path`, rotated as EXIF says; `None` if the header does not say.
 
     Reads only the header. For a PNG whose EXIF comes after its pixels, the size is the one before turning.
     """

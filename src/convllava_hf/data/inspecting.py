@@ -14,9 +14,9 @@ from ..boxes import DEFAULT_FRAME, Box, check_frame, draw_boxes
 from ..errors import ConvLlavaError
 from .box_frames import boxes_in, in_model_frame, shared_shape
 from .conversations import SampleError, identity_of, sample_of
+from .dataset_files import RawRows, folder_of_images, open_records
 from .paths import located
 from .tokens import with_images
-from .training_data import RawRows, folder_of_images, open_records
 
 
 @dataclass(frozen=True)

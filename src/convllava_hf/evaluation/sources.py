@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.dataset_files import folder_of_images, load_rows
 from ..data.paths import ImageFolder, located
-from ..data.training_data import folder_of_images, load_rows
 from ..errors import ConvLlavaError
 from ..training_record import portable_name
 from .benchmarks import Benchmark

@@ -71,6 +71,13 @@ class DataArguments(ImageOptions, ScriptArguments):
         default=100,
         metadata={"help": "With on_bad_sample=skip: how many samples may be left out in total; one more is an error."},
     )
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels of the squares that the model sees. It replaces {resolution} in the recipe's "
+            "texts, such as paths; a checkpoint with squares of another size is refused."
+        },
+    )
 
     def __post_init__(self):
         check_frame(self.boxes)
@@ -134,8 +141,14 @@ class TrainingArguments(SFTConfig):
 def make_parser(**kwargs) -> RecipeParser:
     """The parser of recipes and of the command line over them."""
     kwargs.setdefault("allow_abbrev", False)  # a key that is misspelled is not taken for another
-    kwargs.setdefault("usage", "%(prog)s --config RECIPE [--key value ...]")
-    kwargs.setdefault("description", "RECIPE is a YAML file of the keys below. Keys given here override it.")
+    kwargs.setdefault("usage", "%(prog)s --config RECIPE [--accelerate_config NAME] [--key value ...]")
+    kwargs.setdefault(
+        "description",
+        "RECIPE is a YAML file of the keys below. Keys given here override it. With --accelerate_config, training "
+        "runs in one process per device: NAME is multi_gpu, fsdp2, zero2, zero3 or another of TRL's configs, or a "
+        "file that `accelerate config` wrote; options of `accelerate launch`, such as --num_processes, can then be "
+        "given too.",
+    )
     return RecipeParser((DataArguments, TrainingArguments, ModelConfig), **kwargs)
 
 
@@ -180,8 +193,8 @@ def check_arguments(data: DataArguments, training: TrainingArguments, model: Mod
         raise ConvLlavaError("packing and padding_free do not work with images: leave them out.")
     if training.chat_template_path and not training.chat_template_path.endswith((".jinja", ".j2")):
         raise ConvLlavaError(
-            f"chat_template_path is {training.chat_template_path!r}; expected a .jinja file. A tokenizer beside the "
-            "model's own would bring other special tokens, and perhaps code."
+            f"chat_template_path is {training.chat_template_path!r}; expected a .jinja file. Another "
+            "tokenizer would bring other special tokens, and perhaps code."
         )
     check_values(data, training, model)
     check_packages(training, model)

@@ -17,6 +17,7 @@ from ..errors import ConvLlavaError, first_line
 
 MAX_BYTES = 2**20
 MAX_NODES = 10_000
+RESOLUTION = "{resolution}"
 # What TRL's and transformers' dataclasses raise on values that they cannot use.
 _REFUSALS = (
     *(ValueError, TypeError, KeyError, AttributeError, ImportError, OSError),
@@ -38,7 +39,7 @@ class RecipeParser(TrlParser):
         Raises:
             ConvLlavaError: the recipe cannot be read, or names or values in it or in the options cannot be used.
         """
-        path, options = _split_config(list(sys.argv[1:] if args is None else args))
+        path, options = split_option("--config", list(sys.argv[1:] if args is None else args))
         if path is not None:
             self._take(read_recipe(path))
         try:
@@ -48,8 +49,16 @@ class RecipeParser(TrlParser):
         except _REFUSALS as error:
             raise ConvLlavaError(f"The recipe cannot be used: {first_line(error)}") from error
         if unknown:
-            raise ConvLlavaError(self._unknown(unknown[0].lstrip("-").partition("=")[0], "The options have"))
+            raise ConvLlavaError(self.unknown_key(unknown[0].lstrip("-").partition("=")[0], "The options have"))
         return tuple(parsed)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does; then `{resolution}` in texts becomes the value of `resolution`."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        resolution = getattr(namespace, "resolution", None)
+        for key, value in vars(namespace).items():
+            setattr(namespace, key, _with_resolution(key, value, resolution))
+        return namespace, rest
 
     def _take(self, recipe: dict[str, Any]) -> None:
         """Makes a recipe's values the defaults of the options."""
@@ -60,15 +69,21 @@ class RecipeParser(TrlParser):
         choices = {action.dest: action.choices for action in self._actions}
         for key in recipe:
             if key not in choices or key not in kinds:
-                raise ConvLlavaError(self._unknown(key, "The recipe has"))
+                raise ConvLlavaError(self.unknown_key(key, "The recipe has"))
             if recipe[key] is False and "no" in (choices[key] or ()):
                 recipe[key] = "no"  # which YAML reads as false
             _check_value(key, recipe[key], kinds[key], choices[key])
         os.environ.update({str(name): str(value) for name, value in environment.items()})
         self.set_defaults_with_config(**recipe)
 
-    def _unknown(self, key: Any, where: str) -> str:
-        known = sorted(action.dest for action in self._actions)
+    def unknown_options(self, arguments: list[str]) -> list[str]:
+        """The options that are not of a recipe, and their values."""
+        _, options = split_option("--config", arguments)
+        return super().parse_known_args(options)[1]
+
+    def unknown_key(self, key: Any, where: str, also: Iterable[str] = ()) -> str:
+        """A message that there is no such key, neither a recipe's nor one of `also`."""
+        known = sorted({*(action.dest for action in self._actions), *also})
         close = difflib.get_close_matches(str(key), known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else " convllava train --help lists them all."
         return f"{where} the key {_shown(key)}, which does not exist.{hint}"
@@ -133,16 +148,34 @@ def _nodes(node: yaml.Node, known: dict[int, int | None]) -> int:
     return count
 
 
-def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe's path and the other options."""
+def split_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, `None` if it is not given, and the other arguments.
+
+    Raises:
+        ConvLlavaError: it has no value.
+    """
     for index, argument in enumerate(arguments):
-        if argument == "--config":
+        if argument == name:
             if index + 1 == len(arguments):
-                raise ConvLlavaError("--config needs the path of a recipe.")
+                raise ConvLlavaError(f"{name} needs a value, such as the path of a file.")
             return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
-        if argument.startswith("--config="):
+        if argument.startswith(f"{name}="):
             return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
     return None, arguments
+
+
+def _with_resolution(key: str, value: Any, resolution: int | None) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_resolution(key, one, resolution) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_resolution(key, one, resolution) for one in value]
+    if not isinstance(value, str) or RESOLUTION not in value:
+        return value
+    if resolution is None:
+        raise ConvLlavaError(
+            f"{key} is {_shown(value)}, but resolution is not set: give --resolution 768, for example."
+        )
+    return value.replace(RESOLUTION, str(resolution))
 
 
 def _check_value(key: str, value: Any, kind: Any, choices: Sequence | None) -> None:

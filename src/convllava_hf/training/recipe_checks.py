@@ -34,7 +34,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha"), (0, 1e6)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, _BELOW_1)),
     **dict.fromkeys(("warmup_steps", "eval_delay", "save_total_limit"), (0, _COUNT)),
-    **dict.fromkeys(("max_length", "pad_to_multiple_of", "ddp_bucket_cap_mb"), (1, _COUNT)),
+    **dict.fromkeys(("max_length", "resolution", "pad_to_multiple_of", "ddp_bucket_cap_mb"), (1, _COUNT)),
     **IMAGE_RANGES,
     **dict.fromkeys(("dataset_num_proc", "dataloader_prefetch_factor", "lora_r"), (1, 2**16)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
@@ -141,6 +141,22 @@ def check_model(training: "TrainingArguments", model: ModelConfig) -> None:
     else:
         set_trainable(empty, training.trainable)
     _check_optimizer(training, empty)
+
+
+def check_resolution(resolution: int | None, processor: Any, model_name: str) -> None:
+    """Refuses to train at another resolution than the recipe says.
+
+    Raises:
+        ConvLlavaError: images are padded to squares of another size.
+    """
+    images = processor.image_processor
+    if resolution is None or images.image_aspect_ratio != "pad":
+        return
+    if (side := images.size["height"]) != resolution:
+        raise ConvLlavaError(
+            f"resolution is {resolution}, but {model_name!r} sees squares of {side} x {side} pixels: give "
+            f"--resolution {side}, or name a checkpoint that was assembled with --resolution {resolution}."
+        )
 
 
 def _check_adapter(empty: nn.Module, model: ModelConfig) -> None:

@@ -66,7 +66,7 @@ def describe_run(
     data: DataArguments, training: TrainingArguments, model: ModelConfig, state, processes: int
 ) -> dict[str, Any]:
     """One entry of the record's `stages`."""
-    told = training.to_dict()
+    values = training.to_dict()
     quantized = model.use_peft and (model.load_in_4bit or model.load_in_8bit)
     final = {key: row[key] for row in state.log_history for key in ("train_loss", "eval_loss") if key in row}
     stage = {
@@ -76,7 +76,7 @@ def describe_run(
         "trainable": None if model.use_peft else list(training.trainable),
         "data": _describe_data(data),
         "boxes": data.boxes,
-        "hyperparameters": {key: told[key] for key in _HYPERPARAMETERS if told.get(key) is not None},
+        "hyperparameters": {key: values[key] for key in _HYPERPARAMETERS if values.get(key) is not None},
         "devices": processes,
         "global_batch_size": training.per_device_train_batch_size * training.gradient_accumulation_steps * processes,
         "steps": state.global_step,
@@ -97,13 +97,13 @@ def describe_run(
 def _describe_data(data: DataArguments) -> list[dict[str, Any]]:
     """Names, configurations, splits and weights of the data sets, and frames of boxes other than the run's."""
     if not data.datasets:
-        told = {"name": data.dataset_name, "config": data.dataset_config, "split": data.dataset_train_split}
-        return [_without_blanks(told)]
+        values = {"name": data.dataset_name, "config": data.dataset_config, "split": data.dataset_train_split}
+        return [_without_blanks(values)]
     entries = []
     for entry in data.datasets:
-        told = {"name": entry["path"], "config": entry.get("name")}
+        values = {"name": entry["path"], "config": entry.get("name")}
         more = {key: entry.get(key) for key in ("split", "boxes", "weight")}
-        entries.append(_without_blanks({**told, **more}))
+        entries.append(_without_blanks({**values, **more}))
     return entries
 
 
