@@ -7,8 +7,6 @@ with its error, and the job goes on with the next one.
 
 import argparse
 import gc
-import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -137,14 +135,10 @@ def machine(context: Context) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Replaces the file as a whole. Each case takes one line."""
-    lines = []
-    for key, value in result.items():
-        rows = ",\n".join(f"  {json.dumps(case)}" for case in value) if key == "cases" else None
-        lines.append(f' "{key}": ' + (f"[\n{rows}\n ]" if rows else json.dumps(value)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    temporary.replace(path)
+    """Replaces the file as a whole; a case takes a line."""
+    from convllava_hf.utils.json_files import write_json_rows
+
+    write_json_rows(path, result)
 
 
 def milliseconds(call: Callable[[], Any], context: Context, repeats: int = 20, warm_up: int = 3) -> float:

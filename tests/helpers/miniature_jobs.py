@@ -19,5 +19,5 @@ def jobs_in_this_process() -> Iterator[None]:
 
 def _run_jobs(jobs, on_event, at_once) -> None:
     for name, job in jobs.items():
-        pickle.loads(pickle.dumps(job))(lambda event, name=name: on_event(name, event))
+        pickle.loads(pickle.dumps(job))(lambda *event, name=name: on_event(name, event))
         on_event(name, None)

@@ -25,7 +25,7 @@ from convllava_hf.miniature.findings import (  # noqa: E402
     open_findings,
     run_ablations,
 )
-from convllava_hf.miniature.report import write_findings  # noqa: E402
+from convllava_hf.miniature.findings_report import write_findings  # noqa: E402
 
 
 TINY = FindingsPlan(

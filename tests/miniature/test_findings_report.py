@@ -10,9 +10,8 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
+from convllava_hf.miniature.findings_report import findings_text, write_findings  # noqa: E402
 from convllava_hf.miniature.language import KINDS  # noqa: E402
-from convllava_hf.miniature.report import write_findings  # noqa: E402
-from convllava_hf.miniature.report_findings import findings_text  # noqa: E402
 
 
 def arm(label, values, **more) -> dict:

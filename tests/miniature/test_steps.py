@@ -67,14 +67,14 @@ def test_jobs_run_side_by_side_and_tell(tmp_path):
     jobs = {name: functools.partial(wait_for_each_other, tmp_path, name) for name in ("one", "two")}
     run_jobs(jobs, lambda name, value: events.append((name, value)), at_once=2)
     for name in ("one", "two"):
-        assert [value for other, value in events if other == name] == ["waiting", "met", None]
+        assert [value for other, value in events if other == name] == [("waiting",), ("met",), None]
 
 
 def test_one_at_a_time(tmp_path):
     events = []
     jobs = {name: functools.partial(emit_twice, name) for name in ("one", "two", "three")}
     run_jobs(jobs, lambda name, value: events.append((name, value)), at_once=1)
-    assert events == [(name, value) for name in jobs for value in (f"{name} 1", f"{name} 2", None)]
+    assert events == [(name, value) for name in jobs for value in ((name, 1), (name, 2), None)]
 
 
 @pytest.mark.parametrize("job", ["raises", "dies"])
@@ -143,8 +143,8 @@ def wait_for_each_other(folder, name, emit):
 
 
 def emit_twice(name, emit):
-    emit(f"{name} 1")
-    emit(f"{name} 2")
+    emit(name, 1)
+    emit(name, 2)
 
 
 def raises(emit):

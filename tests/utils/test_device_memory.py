@@ -58,7 +58,7 @@ def test_other_errors_stay_what_they_are(error):
 
 def test_loading(checkpoint, monkeypatch):
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", full)
-    monkeypatch.setattr("convllava_hf.inference.ConvLlavaForConditionalGeneration.from_pretrained", full)
+    monkeypatch.setattr("convllava_hf.inference.assistant.ConvLlavaForConditionalGeneration.from_pretrained", full)
     with pytest.raises(
         ConvLlavaError, match="cpu does not hold the model in .*float32: 2.00 GiB .*--quantization 4bit"
     ):
@@ -74,7 +74,7 @@ def test_answering(checkpoint, monkeypatch):
 
 def test_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
     make_image().save(tmp_path / "image.png")
-    monkeypatch.setattr("convllava_hf.inference.ConvLlavaForConditionalGeneration.from_pretrained", full)
+    monkeypatch.setattr("convllava_hf.inference.assistant.ConvLlavaForConditionalGeneration.from_pretrained", full)
     assert cli.main(["ask", str(checkpoint), str(tmp_path / "image.png"), "What?", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("convllava: error: The memory of cpu does not hold the model") and error.count("\n") == 1

@@ -2,11 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from convllava_hf.errors import ConvLlavaError
-from convllava_hf.utils.json_files import read_json_object, write_json
+from convllava_hf.utils.json_files import read_json_object, rows_json, write_json, write_json_rows
+
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.json"))
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -44,3 +48,48 @@ def test_a_value_that_is_not_json_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": {1}})
     assert read_json_object(path, "It") == {"a": 1} and os.listdir(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        None,
+        "é\n",
+        {"a": {}, "b": [], "c": [{}], "d": [[1, 2.5], [3, None]], "e": {"f": {"g": [{"h": [1]}, 2]}, "i": ("j",)}},
+    ],
+)
+def test_the_values_are_the_same(value, tmp_path):
+    path = write_json_rows(tmp_path / "file.json", value)
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(value))
+
+
+def test_a_row_is_a_line():
+    value = {
+        "seed": 1,
+        "accuracy": {"a": 0.5, "b": 1.0},
+        "losses": {"one": [[1, 0.5], [2, 0.4]]},
+        "rows": [{"a": [1]}, {}],
+    }
+    assert rows_json(value).splitlines() == [
+        "{",
+        ' "seed": 1,',
+        ' "accuracy": {"a": 0.5, "b": 1.0},',
+        ' "losses": {',
+        '  "one": [[1, 0.5], [2, 0.4]]',
+        " },",
+        ' "rows": [',
+        '  {"a": [1]},',
+        "  {}",
+        " ]",
+        "}",
+    ]
+
+
+def test_results_in_the_repository_are_written_so():
+    assert len(RESULTS) >= 10
+    for path in RESULTS:
+        text = path.read_text(encoding="utf-8")
+        assert rows_json(json.loads(text)) + "\n" == text, path.name
+        assert text.count("\n") < 200, path.name

@@ -83,7 +83,7 @@ def _run_ablations(output: Path, seed: int) -> int:
     _announce("The paper's findings in miniature", output)
     findings = run_ablations(run)
 
-    from ..miniature.report import write_findings
+    from ..miniature.findings_report import write_findings
 
     page = write_findings(findings, output)
     print()

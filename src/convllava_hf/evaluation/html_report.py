@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic import write_atomic
-from ..utils.report_style import SMALL_SCREEN, STYLE, duration, plain, versions_text
+from ..utils.report_style import duration, facts_list, html, page, versions_text
 from .evaluation_record import find_runs, images_text, read_record
 from .gallery import is_right, read_gallery
 from .paper import PAPER, REFCOCO, RESOLUTIONS, paper_row, refcoco_average
@@ -16,23 +16,23 @@ from .paper import PAPER, REFCOCO, RESOLUTIONS, paper_row, refcoco_average
 REPORT_FILE = "report.html"
 _MOST_TEXT = 160  # characters of a question or an answer
 
-_STYLE = f"""{STYLE}
-.scores th:first-child {{ width: auto; }}
-.scores td, .scores th {{ white-space: nowrap; }}
-.scores small {{ display: block; white-space: normal; }}
-.scores td.own {{ font-weight: 700; color: var(--accuracy); }}
-.scores td.paper {{ color: var(--soft); }}
-.scores td.same {{ color: var(--ink); font-weight: 650; }}
-.scroll {{ overflow-x: auto; }}
-.parts {{ columns: 2 18rem; margin: .4rem 0 0; padding: 0; list-style: none; font-size: .88rem;
-  font-variant-numeric: tabular-nums; }}
-.parts li {{ display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid; }}
-details {{ margin: .6rem 0; }}
-summary {{ cursor: pointer; color: var(--soft); }}
-.image img {{ object-fit: contain; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45; }}
-.failed {{ color: var(--wrong); }}
-{SMALL_SCREEN}"""
+_STYLE = """
+.scores th:first-child { width: auto; }
+.scores td, .scores th { white-space: nowrap; }
+.scores small { display: block; white-space: normal; }
+.scores td.own { font-weight: 700; color: var(--accuracy); }
+.scores td.paper { color: var(--soft); }
+.scores td.same { color: var(--ink); font-weight: 650; }
+.scroll { overflow-x: auto; }
+.parts { columns: 2 18rem; margin: .4rem 0 0; padding: 0; list-style: none; font-size: .88rem;
+  font-variant-numeric: tabular-nums; }
+.parts li { display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid; }
+details { margin: .6rem 0; }
+summary { cursor: pointer; color: var(--soft); }
+.image img { object-fit: contain; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45; }
+.failed { color: var(--wrong); }
+"""
 
 
 def write_report(output: str | os.PathLike) -> Path:
@@ -55,28 +55,10 @@ def report_page(records: Mapping[str, Mapping[str, Any]], galleries: Mapping[str
         galleries: samples of each run with `jpeg`, an image in base64; see `gallery.save_gallery`.
     """
     models = list(dict.fromkeys(record["model"]["name"] for record in records.values()))
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="generator" content="convllava eval">',
-        f"<title>Evaluation of {_html(', '.join(models))}</title>",
-        f"<style>{_STYLE}</style>",
-        "</head>",
-        "<body>",
-        "<main>",
-        *_header(models, list(records.values())),
-        *_scores(records),
-    ]
+    body = [*_header(models, list(records.values())), *_scores(records)]
     for name, record in records.items():
-        parts += _run(name, record, galleries.get(name, ()))
-    return "\n".join([*parts, *_footer(records), "</main>", "</body>", "</html>"]) + "\n"
-
-
-def _html(text: object, width: int | None = None) -> str:
-    return escape(plain(text, width))
+        body += _run(name, record, galleries.get(name, ()))
+    return page(f"Evaluation of {', '.join(models)}", "convllava eval", _STYLE, [*body, *_footer(records)])
 
 
 def _header(models: Sequence[str], records: Sequence[Mapping]) -> list[str]:
@@ -91,12 +73,10 @@ def _header(models: Sequence[str], records: Sequence[Mapping]) -> list[str]:
     }
     return [
         "<header>",
-        f"<h1>{_html(', '.join(models))}</h1>",
+        f"<h1>{html(', '.join(models))}</h1>",
         '<p class="lead">Measured by <code>convllava eval</code>. Intervals are of 95 %, by the bootstrap over '
         "samples.</p>",
-        '<dl class="facts">',
-        *(f"<div><dt>{_html(name)}</dt><dd>{_html(value)}</dd></div>" for name, value in facts.items()),
-        "</dl>",
+        facts_list(facts),
         "</header>",
     ]
 
@@ -123,8 +103,8 @@ def _scores(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         low, high = record["interval"]
         failed = f' <span class="failed">{record["failures"]} failed</span>' if record["failures"] else ""
         lines.append(
-            f'<tr><th scope="row"><a href="#{_html(name)}">{_html(record["benchmark"])}</a> '
-            f"<small>{_html(record['metric'])}, {_html(record['split'])}, {_html(record['setting'])}</small></th>"
+            f'<tr><th scope="row"><a href="#{html(name)}">{html(record["benchmark"])}</a> '
+            f"<small>{html(record['metric'])}, {html(record['split'])}, {html(record['setting'])}</small></th>"
             f'<td class="own">{_number(record["score"])}</td><td>{_number(low)} to {_number(high)}</td>'
             f"{_paper_cells(paper_row(record), record)}<td>{record['samples']:,}{failed}</td></tr>"
         )
@@ -154,18 +134,18 @@ def _number(value: float) -> str:
 
 
 def _run(name: str, record: Mapping[str, Any], gallery: Sequence[Mapping]) -> list[str]:
-    lines = [f'<section id="{_html(name)}">', f"<h2>{_html(record['benchmark'])}</h2>"]
+    lines = [f'<section id="{html(name)}">', f"<h2>{html(record['benchmark'])}</h2>"]
     parts = {part: value for part, value in record["scores"].items() if round(value, 4) != record["score"]}
     if parts:
-        items = "".join(f"<li><span>{_html(part)}</span><b>{_number(value)}</b></li>" for part, value in parts.items())
+        items = "".join(f"<li><span>{html(part)}</span><b>{_number(value)}</b></li>" for part, value in parts.items())
         lines.append(f'<ul class="parts">{items}</ul>')
     left_out = record["counts"]["left_out"]
     if record["failures"] or left_out:
         kinds = ", ".join(f"{count} {kind}" for kind, count in record["counts"]["failures"].items())
         more = f"; {left_out} more are left out since others of their group failed" if left_out else ""
-        failed = "".join(f"<li>{_html(one['id'])}: {_html(one['message'])}</li>" for one in record["failed"])
+        failed = "".join(f"<li>{html(one['id'])}: {html(one['message'])}</li>" for one in record["failed"])
         lines.append(
-            f'<p class="failed">{record["failures"]} samples got no answer ({_html(kinds)}){more}. They are not in '
+            f'<p class="failed">{record["failures"]} samples got no answer ({html(kinds)}){more}. They are not in '
             f"the score.</p><details><summary>The first of them</summary><ul>{failed}</ul></details>"
         )
     prompt = escape(record["example_prompt"] or record["prompt"])
@@ -192,15 +172,15 @@ def _card(row: Mapping[str, Any]) -> str:
     elif row.get("read") is not None:
         facts["read as"] = {True: "yes", False: "no"}.get(row["read"], row["read"])
     shown = "".join(
-        f"<dt>{key}</dt><dd{f' class={verdict!r}' if key == 'answer' else ''}>{_html(value, _MOST_TEXT)}</dd>"
+        f"<dt>{key}</dt><dd{f' class={verdict!r}' if key == 'answer' else ''}>{html(value, _MOST_TEXT)}</dd>"
         for key, value in facts.items()
     )
-    question = "<br>".join(_html(line, _MOST_TEXT) for line in row["question"].splitlines() if line.strip())
+    question = "<br>".join(html(line, _MOST_TEXT) for line in row["question"].splitlines() if line.strip())
     return (
         '<article class="card"><div class="image">'
-        f'<img src="data:image/jpeg;base64,{_html(row["jpeg"])}" alt="The image of sample {_html(row["id"])}">'
-        f'{_overlay(row)}</div><div class="words"><h3><span>{_html(row["id"])} '
-        f'{_html(row.get("category") or "")}</span><span class="{verdict}">{"✓" if verdict == "right" else "✗"} '
+        f'<img src="data:image/jpeg;base64,{html(row["jpeg"])}" alt="The image of sample {html(row["id"])}">'
+        f'{_overlay(row)}</div><div class="words"><h3><span>{html(row["id"])} '
+        f'{html(row.get("category") or "")}</span><span class="{verdict}">{"✓" if verdict == "right" else "✗"} '
         f'{verdict}{score}</span></h3><p class="question">{question}</p><dl>{shown}</dl></div></article>'
     )
 
@@ -230,10 +210,10 @@ def _overlay(row: Mapping[str, Any]) -> str:
 
 def _footer(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     last = max(records.values(), key=lambda record: record["date"])
-    commit = f", commit {_html(last['commit'])}" if last["commit"] else ""
+    commit = f", commit {html(last['commit'])}" if last["commit"] else ""
     return [
         "<footer>",
-        f"<p>{_html(versions_text(last['versions']))}{commit}, {_html(last['date'])}. The figures lie in each run’s "
+        f"<p>{html(versions_text(last['versions']))}{commit}, {html(last['date'])}. The figures lie in each run’s "
         "<code>record.json</code>, every sample in its <code>samples.jsonl</code>.</p>",
         "</footer>",
     ]

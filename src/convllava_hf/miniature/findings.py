@@ -8,25 +8,25 @@ order.
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ..utils.environment import cpu_name, versions_of
-from ..utils.json_files import write_json
+from ..utils.json_files import write_json_rows
 from .language import GENERAL, Mix
-from .progress import logs_to
+from .progress import OnStep, logs_to
 from .quickstart import (
     EXTRA_STAGE_DEPTH,
     PACKAGES,
     SIDE,
-    Emit,
+    Job,
     assemble_model,
     count_tokens,
     draw_data,
-    one_thread,
+    on_one_core,
     run_in_lines,
     stage0_jobs,
     train_by_recipe,
@@ -204,8 +204,9 @@ def run_ablations(run: Run) -> dict[str, Any]:
     seeds = range(first, first + plan.seeds)
     with logs_to(run.folder / "findings.log"), run.clock("total"):
         for seed in seeds:
-            for jobs in (_prepare, _align, _train_arms):
-                run_in_lines(run, jobs(run.folder, seed, plan), titles={})
+            for make_jobs in (_prepare, _align, _train_arms):
+                jobs = make_jobs(run.folder / f"seed{seed}", seed, plan)
+                run_in_lines(run, {f"seed {seed}: {name}": job for name, job in jobs.items()})
     findings = {
         "seeds": list(seeds),
         "scenes": plan.test_scenes,
@@ -215,72 +216,55 @@ def run_ablations(run: Run) -> dict[str, Any]:
         "settings": run.record["settings"],
         **_collect(run, seeds),
     }
-    write_json(run.folder / "findings.json", findings)
+    write_json_rows(run.folder / "findings.json", findings)
     return findings
 
 
-def _prepare(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
+def _prepare(place: Path, seed: int, plan: FindingsPlan) -> dict[str, Job]:
     """Stage 0 and the images of a seed, which its arms share."""
-    place = _place(folder, seed)
     jobs = stage0_jobs(place / "stage0", seed, plan.tower_steps, plan.language_steps, WORLD, TOWER_SIZES, boxes=False)
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes}
-    jobs["data"] = functools.partial(draw_data, place / "data", scenes, seed, WORLD, MIXES)
-    return {_name(seed, name): job for name, job in jobs.items()}
+    return {**jobs, "data": functools.partial(draw_data, place / "data", scenes, seed, WORLD, MIXES)}
 
 
-def _align(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
+def _align(place: Path, seed: int, plan: FindingsPlan) -> dict[str, Job]:
     """Stage 1, once for each architecture."""
-    shapes = {(arm.side, arm.stages) for arm in ARMS.values()}
+    shapes = sorted({(arm.side, arm.stages) for arm in ARMS.values()}, reverse=True)
     return {
-        _name(seed, f"stage 1, {stages} stages"): functools.partial(
-            _train_stage1, _place(folder, seed), side, stages, seed
+        f"stage 1, {stages} stages": functools.partial(
+            on_one_core, functools.partial(_train_stage1, place, side, stages, seed)
         )
-        for side, stages in sorted(shapes, reverse=True)
+        for side, stages in shapes
     }
 
 
-def _train_arms(folder: Path, seed: int, plan: FindingsPlan) -> dict[str, Any]:
+def _train_arms(place: Path, seed: int, plan: FindingsPlan) -> dict[str, Job]:
     return {
-        _name(seed, name): functools.partial(_train_arm, _place(folder, seed), name, seed, plan.test_scenes)
+        name: functools.partial(on_one_core, functools.partial(_train_arm, place, name, seed, plan.test_scenes))
         for name in ARMS
     }
 
 
-def _place(folder: Path, seed: int) -> Path:
-    return folder / f"seed{seed}"
-
-
-def _name(seed: int, what: str) -> str:
-    return f"seed {seed}: {what}"
-
-
-def _train_stage1(place: Path, side: int, stages: int, seed: int, emit: Emit) -> None:
-    one_thread()
+def _train_stage1(place: Path, side: int, stages: int, seed: int, on_step: OnStep) -> None:
     start, output = place / f"assembled{stages}", place / f"stage1-{stages}"
     extra = EXTRA_STAGE_DEPTH if stages == 5 else 0
     assemble_model(start, stage0=place / "stage0", seed=seed, side=side, extra_stage_depth=extra)
-    trained = ["projector"] if stages == 4 else ["projector", "vision_tower.stages.4"]
-    options = ["--trainable", *trained]
+    options = ["--trainable", "projector", *(["vision_tower.stages.4"] if stages == 5 else [])]
     with logs_to(place / f"stage1-{stages}.log"):
-        train_by_recipe(1, start, output, place / "data" / "stage1", seed, _teller(emit), options)
+        train_by_recipe(1, start, output, place / "data" / "stage1", seed, on_step, options)
 
 
-def _train_arm(place: Path, name: str, seed: int, scenes: int, emit: Emit) -> None:
-    """Stage 2 of an arm, and what it comes to, into `NAME.json`."""
-    one_thread()
+def _train_arm(place: Path, name: str, seed: int, scenes: int, on_step: OnStep) -> None:
+    """Stage 2 of an arm, and its scores, into `NAME.json`."""
     arm, output = ARMS[name], place / name
     options = ["--trainable", "projector", arm.trained, "language_model", "lm_head"]
     resumed, started = output.exists(), time.perf_counter()
     with logs_to(place / f"{name}.log"):
-        data = place / "data" / "stage2"
-        losses = train_by_recipe(2, place / f"stage1-{arm.stages}", output, data, seed, _teller(emit), options)
+        start, data = place / f"stage1-{arm.stages}", place / "data" / "stage2"
+        losses = train_by_recipe(2, start, output, data, seed, on_step, options)
         seconds = None if resumed else round(time.perf_counter() - started, 1)
         result = {"seed": seed, "seconds": seconds, **_judge(output, seed, scenes), "losses": losses}
-    write_json(place / f"{name}.json", result)
-
-
-def _teller(emit: Emit) -> Callable[..., None]:
-    return lambda done, total, loss=None: emit((done, total, loss))
+    write_json_rows(place / f"{name}.json", result)
 
 
 def _judge(checkpoint: Path, seed: int, scenes: int) -> dict[str, Any]:
@@ -307,7 +291,8 @@ def _collect(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
     """What all arms came to, and what follows for each finding."""
     arms = {}
     for name, arm in ARMS.items():
-        runs = [json.loads((_place(run.folder, seed) / f"{name}.json").read_text(encoding="utf-8")) for seed in seeds]
+        files = (run.folder / f"seed{seed}" / f"{name}.json" for seed in seeds)
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         costs = [{what: run.pop(what) for what in ("visual_tokens", "operations_per_image")} for run in runs]
         arms[name] = {
             "label": arm.label,
@@ -321,15 +306,8 @@ def _collect(run: Run, seeds: Sequence[int]) -> dict[str, Any]:
 
 def _finding(finding: Finding, arms: Mapping[str, Mapping]) -> dict[str, Any]:
     paper = {"columns": finding.columns, "rows": finding.rows, "source": finding.source}
-    sentences = [conclude(claim, arms) for claim in finding.claims]
-    return {
-        "title": finding.title,
-        "question": finding.question,
-        "arms": finding.arms,
-        "kinds": finding.kinds,
-        "paper": paper,
-        "conclusion": " ".join(sentences),
-    }
+    about = {what: getattr(finding, what) for what in ("title", "question", "arms", "kinds")}
+    return {**about, "paper": paper, "conclusion": " ".join(conclude(claim, arms) for claim in finding.claims)}
 
 
 def conclude(claim: Claim, arms: Mapping[str, Mapping]) -> str:

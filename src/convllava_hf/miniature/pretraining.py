@@ -13,6 +13,7 @@ from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCau
 from ..convert.writing import new_checkpoint_folder
 from .labeled_images import NAMES, SIDE, SIZES, labeled_image
 from .language import EDGES
+from .progress import OnStep
 from .text_images import text_batches, weighted_loss
 from .tokenizer import make_tokenizer
 from .world import World
@@ -25,16 +26,14 @@ _TOWER_RATE, _LANGUAGE_RATE = 0.02, 0.01
 # adds at the place of a word, as which row and column it stands in, would be lost on the long visual tokens.
 _EMBEDDING = 1.0
 
-OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
-
 
 def train_tower(
     folder: Path,
+    on_step: OnStep | None = None,
     *,
     steps: int,
     seed: int,
     sizes: tuple[int, int] | None = None,
-    on_step: OnStep | None = None,
     device: str = "cpu",
 ) -> Path:
     """Trains a four-stage ConvNeXt to say what is at every place of images of 128 x 128 pixels, and saves it.
@@ -83,12 +82,12 @@ def train_tower(
 
 def train_language_model(
     folder: Path,
+    on_step: OnStep | None = None,
     *,
     steps: int,
     seed: int,
     world: World | None = None,
     boxes: bool = True,
-    on_step: OnStep | None = None,
     device: str = "cpu",
 ) -> Path:
     """Trains a small Llama to talk about scenes that it is told of in words, and saves it with its tokenizer.

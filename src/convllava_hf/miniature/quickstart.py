@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.environment import cpu_name, versions_of
-from ..utils.json_files import write_json
+from ..utils.json_files import write_json_rows
 from ..utils.logging_utils import disable_progress_bars
 from .language import KINDS, Mix
 from .progress import Line, OnStep, logs_to
@@ -40,7 +40,7 @@ TITLES = {
 _SAMPLES = 12
 PACKAGES = ("convllava-hf", "torch", "transformers", "trl", "datasets", "scikit-learn", "pillow")
 
-Emit = Callable[[tuple[int, int, float | None]], None]
+Job = Callable[[OnStep], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def quickstart(run: Run, device: str | None = "cpu") -> dict[str, Any]:
         "versions": versions_of(PACKAGES),
         "machine": machine_name(device),
     }
-    write_json(run.folder / "results.json", results)
+    write_json_rows(run.folder / "results.json", results)
     return results
 
 
@@ -119,7 +119,7 @@ def prepare(run: Run, seed: int, plan: Plan, device: str = "cpu") -> None:
     scenes = {"stage1": plan.stage1_scenes, "stage2": plan.stage2_scenes, "stage3": plan.stage3_scenes}
     jobs = stage0_jobs(run.folder / "stage0", seed, plan.tower_steps, plan.language_steps, device=device)
     jobs["data"] = functools.partial(draw_data, run.folder / "data", scenes, seed, World(), MIXES)
-    run_in_lines(run, jobs, TITLES)
+    run_in_lines(run, jobs)
 
 
 def stage0_jobs(
@@ -131,31 +131,27 @@ def stage0_jobs(
     tower_sizes: tuple[int, int] | None = None,
     boxes: bool = True,
     device: str = "cpu",
-) -> dict[str, Callable[[Emit], None]]:
-    """What trains the stand-ins for CLIP's tower and for Vicuna, each on one core.
+) -> dict[str, Job]:
+    """What trains the stand-ins for CLIP's tower and for Vicuna; see `pretraining` for the arguments."""
+    from .pretraining import train_language_model, train_tower
 
-    Args:
-        boxes: whether the language model is told and asked of boxes.
-        tower_sizes: pixels of what is in the tower's images; default: `labeled_images.SIZES`.
-        device: that computes, `cpu` or `cuda`.
-    """
-    return {
-        "vision tower": functools.partial(
-            _train_tower, folder / "vision_tower", tower_steps, seed, tower_sizes, device
-        ),
-        "language model": functools.partial(
-            _train_language_model, folder / "language_model", language_steps, seed, world or World(), boxes, device
-        ),
+    common = {"seed": seed, "device": device}
+    tower = {"steps": tower_steps, "sizes": tower_sizes, **common}
+    language = {"steps": language_steps, "world": world, "boxes": boxes, **common}
+    jobs = {
+        "vision tower": functools.partial(train_tower, folder / "vision_tower", **tower),
+        "language model": functools.partial(train_language_model, folder / "language_model", **language),
     }
+    return {name: functools.partial(on_one_core, job) for name, job in jobs.items()}
 
 
-def run_in_lines(run: Run, jobs: Mapping[str, Callable[[Emit], None]], titles: Mapping[str, str]) -> None:
+def run_in_lines(run: Run, jobs: Mapping[str, Job]) -> None:
     """Runs steps that do not need each other at the same time, one for each core, each with its own line."""
     jobs = {name: job for name, job in jobs.items() if not run.is_done(name)}
     losses: dict[str, list[list[float]]] = {name: [] for name in jobs}
     lines: dict[str, Line] = {}
 
-    def on_event(name: str, event: tuple[int, int, float | None] | None) -> None:
+    def on_event(name: str, event: tuple | None) -> None:
         if event is None:
             line = lines.pop(name)
             line.close()
@@ -167,11 +163,10 @@ def run_in_lines(run: Run, jobs: Mapping[str, Callable[[Emit], None]], titles: M
         if name not in lines:
             free = min(set(range(len(lines) + 1)).difference(line.position for line in lines.values()))
             unit = "scene" if name.endswith("data") else "step"
-            lines[name] = Line(titles.get(name, name), position=free, unit=unit)
-        done, total, loss = event
-        lines[name].update(done, total, loss)
-        if loss is not None:
-            losses[name].append([done, round(loss, 4)])
+            lines[name] = Line(TITLES.get(name, name), position=free, unit=unit)
+        lines[name].update(*event)
+        if len(event) == 3:  # with a loss
+            losses[name].append([event[0], round(event[2], 4)])
 
     try:
         run_jobs(jobs, on_event, at_once=os.cpu_count() or 1)
@@ -285,7 +280,7 @@ def machine_name(device: str) -> str:
 
 
 def draw_data(
-    folder: Path, scenes: Mapping[str, int], seed: int, world: World, mixes: Mapping[str, Mix], emit: Emit
+    folder: Path, scenes: Mapping[str, int], seed: int, world: World, mixes: Mapping[str, Mix], on_step: OnStep
 ) -> None:
     """Draws the training samples of some of the stages.
 
@@ -304,34 +299,18 @@ def draw_data(
             seed=[seed, STAGES.index(stage) + 1],
             mix=mixes[stage],
             side=SIDE,
-            on_scene=lambda drawn, before=done: emit((before + drawn, sum(scenes.values()), None)),
+            on_scene=lambda drawn, before=done: on_step(before + drawn, sum(scenes.values())),
         )
         done += size
 
 
-def _train_tower(folder: Path, steps: int, seed: int, sizes: tuple[int, int] | None, device: str, emit: Emit) -> None:
-    one_thread()
-    from .pretraining import train_tower
-
-    train_tower(folder, steps=steps, seed=seed, sizes=sizes, on_step=lambda *event: emit(event), device=device)
-
-
-def _train_language_model(
-    folder: Path, steps: int, seed: int, world: World, boxes: bool, device: str, emit: Emit
-) -> None:
-    one_thread()
-    from .pretraining import train_language_model
-
-    on_step = lambda *event: emit(event)  # noqa: E731
-    train_language_model(folder, steps=steps, seed=seed, world=world, boxes=boxes, on_step=on_step, device=device)
-
-
-def one_thread() -> None:
-    """One core for a job: the jobs share the machine, and steps this small gain little from more."""
+def on_one_core(job: Job, on_step: OnStep) -> None:
+    """Runs a job by one thread: the jobs share the machine, and steps this small gain little from more."""
     import torch
 
     torch.set_num_threads(1)
     disable_progress_bars()
+    job(on_step)
 
 
 def _parameters(model) -> dict[str, int]:
@@ -358,15 +337,7 @@ def _save_samples(answered, folder: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(chosen):
         name = f"samples/{number:02}.png"
         draw(row.scene, SIDE).save(folder / name)
-        samples.append(
-            {
-                "image": name,
-                "kind": row.question.kind,
-                "question": row.question.text,
-                "answer": row.answer,
-                "truth": row.question.answer,
-                "blind": row.blind,
-                "correct": row.correct,
-            }
-        )
+        question = {"kind": row.question.kind, "question": row.question.text}
+        answers = {"answer": row.answer, "truth": row.question.answer, "blind": row.blind, "correct": row.correct}
+        samples.append({"image": name, **question, **answers})
     return samples

@@ -13,7 +13,7 @@ from queue import Empty
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..utils.json_files import write_json
+from ..utils.json_files import write_json_rows
 from ..utils.logging_utils import quiet_imports
 
 
@@ -90,7 +90,7 @@ class Run:
         self._save()
 
     def _save(self) -> None:
-        write_json(self._path, self.record)
+        write_json_rows(self._path, self.record)
 
 
 class JobError(RuntimeError):
@@ -101,8 +101,9 @@ def run_jobs(jobs: Mapping[str, Callable], on_event: Callable[[str, Any], None],
     """Runs functions in processes of their own, so many at once.
 
     Args:
-        jobs: by name, functions that can be pickled; each is called with `emit`, which sends a value to `on_event`.
-        on_event: called here with a job's name and what it emitted, and with `None` when the job has ended well.
+        jobs: by name, functions that can be pickled; each is called with a function that sends its arguments to
+            `on_event`.
+        on_event: called here with a job's name and those arguments, and with `None` when the job has ended well.
 
     Raises:
         JobError: a job failed. The others are ended, as they are if this is interrupted.
@@ -148,7 +149,7 @@ def _work(name: str, job: bytes, queue) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its jobs
     threading.Thread(target=_end_with_parent, daemon=True).start()  # also where it is killed
     try:
-        pickle.loads(job)(lambda value: queue.put((name, "emitted", value)))
+        pickle.loads(job)(lambda *event: queue.put((name, "emitted", event)))
     except Exception:
         queue.put((name, "failed", traceback.format_exc()))
     else:

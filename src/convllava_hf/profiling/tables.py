@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConvLlavaError
-from ..utils import json_files
 from ..utils.atomic import check_destination, write_atomic
+from ..utils.json_files import rows_json
 
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -46,9 +46,7 @@ def write(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, results: Any) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    json_files.write_json(path, results)
+    write(path, rows_json(results) + "\n")
 
 
 def check_output_file(path: str | os.PathLike) -> None:

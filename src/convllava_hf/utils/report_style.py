@@ -1,12 +1,25 @@
-"""What reports have in common: text on a line, times, and the look of a page."""
+"""What reports have in common: colors, texts and numbers on a line, and the frame and look of a page."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
 
 
-# Rules of a page that holds everything itself. Rules of one page go after STYLE and before SMALL_SCREEN.
-STYLE = """
-:root { color-scheme: light; --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --panel: #f8fafc;
-  --accuracy: #c2410c; --chance: #475569; --blind: #6d28d9; --right: #15803d; --wrong: #be123c; }
+# The colors of docs/architecture.svg.
+COLORS = {
+    "ink": "#0f172a",
+    "soft": "#475569",
+    "line": "#e2e8f0",
+    "panel": "#f8fafc",
+    "accuracy": "#c2410c",
+    "chance": "#475569",
+    "blind": "#6d28d9",
+    "right": "#15803d",
+    "wrong": "#be123c",
+}
+_VARIABLES = " ".join(f"--{name}: {color};" for name, color in COLORS.items())
+
+_STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 body { margin: 0; background: #ffffff; color: var(--ink);
@@ -57,7 +70,7 @@ pre { margin: 1rem 0; padding: .9rem 1rem; overflow-x: auto; background: var(--p
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .88rem;
   color: var(--soft); }
 """
-SMALL_SCREEN = """
+_SMALL_SCREEN = """
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 2rem; }
   h1 { font-size: 1.6rem; }
@@ -71,10 +84,48 @@ SMALL_SCREEN = """
   .question { font-size: .95rem; margin-bottom: .25rem; }
   .words dl { font-size: .75rem; }
   tbody th small { display: block; }
-  .curve p { min-height: 0; }
 }
 @media print { .card, figure, tr { break-inside: avoid; } main { max-width: none; padding: 0; } }
 """
+
+
+def page(title: str, command: str, rules: str, body: Sequence[str]) -> str:
+    """An HTML page that holds everything itself, and has no script.
+
+    Args:
+        command: that made it.
+        rules: CSS of this page, over that of all reports.
+        body: what `main` holds.
+    """
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta name="generator" content="{html(command)}">',
+        f"<title>{html(title)}</title>",
+        f"<style>\n:root {{ color-scheme: light; {_VARIABLES} }}{_STYLE}{rules}{_SMALL_SCREEN}</style>",
+        "</head>",
+        "<body>",
+        "<main>",
+        *body,
+        "</main>",
+        "</body>",
+        "</html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def facts_list(facts: Mapping[str, object]) -> str:
+    """The panels at the top of a page: names and values."""
+    panels = (f"<div><dt>{html(name)}</dt><dd>{html(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{"".join(panels)}</dl>'
+
+
+def html(text: object, width: int | None = None) -> str:
+    """A text on one line, as `plain` has it, as text in HTML."""
+    return escape(plain(text, width))
 
 
 def plain(text: object, width: int | None = None) -> str:
@@ -99,3 +150,21 @@ def duration(seconds: float) -> str:
 
 def versions_text(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
+
+
+def share(value: float | None) -> str:
+    """An accuracy with two decimals; a dash if nothing was asked."""
+    return "–" if missing(value) else f"{value:.2f}"
+
+
+def missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def amount(number: float) -> str:
+    """A large number with two significant figures or more, such as `0.67 M`, `51 M` and `1.2 G`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.1 * size and number >= 1e3:
+            value = number / size
+            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.{1 if value >= 0.995 else 2}f} {unit}"
+    return f"{number:.0f}"

@@ -1,4 +1,4 @@
-"""The paper's findings in miniature: what was measured beside what the paper reports, as Markdown and as an image."""
+"""The findings as `README.md` and `findings.png`: what was measured, and what the paper reports."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .report_figure import figure_style, png
-from .report_parts import COLORS, amount, duration, missing, plain, share, versions_text, write_atomic
+from ..training.plotting import axes_at, figure_style, file_of
+from ..utils.atomic import write_atomic
+from ..utils.report_style import COLORS, amount, duration, missing, plain, share, versions_text
 
 
 _ARM_COLORS = (COLORS["chance"], COLORS["accuracy"], COLORS["blind"], "#0369a1", COLORS["right"])
@@ -30,7 +31,7 @@ def write_findings(findings: Mapping[str, Any], folder: Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     readme = write_atomic(folder / "README.md", findings_text(findings).encode())
-    write_atomic(folder / "findings.png", findings_figure(findings))
+    write_atomic(folder / "findings.png", findings_png(findings))
     return readme
 
 
@@ -44,9 +45,9 @@ def findings_text(findings: Mapping[str, Any]) -> str:
             "Small models, trained from nothing in a synthetic world and asked about "
             f"{findings['scenes']} unseen scenes, once for each seed ({', '.join(map(str, seeds))}). The arms of a "
             "finding differ in one thing only and see the same training scenes in the same order. A figure is the "
-            "mean over seeds, with the smallest and the largest behind it. The paper's figures stand beside it for "
-            "their direction: its models are thousands of times as large and its benchmarks are others, so that no "
-            "more than sign and order can agree."
+            "mean over seeds, with the smallest and the largest behind it. The paper's figures are given for their "
+            "direction: its models are thousands of times as large and its benchmarks are others, so that no more "
+            "than sign and order can agree."
         ),
         f"![{titles} Accuracy by seed beside the paper's benchmarks.](findings.png)",
     ]
@@ -82,7 +83,7 @@ def _finding_table(finding: Mapping, arms: Mapping[str, Mapping]) -> str:
         rows.append([arm["label"], arm["resolution"], arm["visual_tokens"], *measured, *published])
     if len(finding["arms"]) == 2:
         rows.append(_difference_row(finding, arms))
-    return _table(head, rows, texts=1)
+    return _table(head, rows)
 
 
 def _difference_row(finding: Mapping, arms: Mapping[str, Mapping]) -> list[str]:
@@ -114,13 +115,13 @@ def _cost_table(arms: Mapping[str, Mapping]) -> str:
         ]
         for arm in arms.values()
     ]
-    return _table(head, rows, texts=1)
+    return _table(head, rows)
 
 
 def _kinds_table(arms: Mapping[str, Mapping]) -> str:
     kinds = list(dict.fromkeys(kind for arm in arms.values() for run in arm["runs"] for kind in run["accuracy"]))
     rows = [[arm["label"], *(_spread(_of_kind(arm, kind).values(), share) for kind in kinds)] for arm in arms.values()]
-    return _table(["arm", *kinds], rows, texts=1)
+    return _table(["arm", *kinds], rows)
 
 
 def _of_kind(arm: Mapping, kind: str) -> dict[int, float]:
@@ -151,33 +152,37 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(plain(text), 119, break_long_words=False, break_on_hyphens=False)
 
 
-def _table(head: Sequence[object], rows: Sequence[Sequence[object]], texts: int) -> str:
-    """A Markdown table whose first `texts` columns are words and the others figures."""
-    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table: a column of words, the others figures."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
     lines = [[plain(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 
-def findings_figure(findings: Mapping[str, Any]) -> bytes:
+def findings_png(findings: Mapping[str, Any]) -> bytes:
     """The figure as a PNG file: a row for each finding, what was measured left and the paper's figures right."""
     found = findings["findings"]
     title, row = 0.9, 2.8  # inches
-    with figure_style() as figure_class:
-        figure = figure_class(figsize=(13, title + row * len(found)))
-        heights = [title, *[row] * len(found)]
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0, squeeze=False)[:, 0]
-        parts[0].text(0.04, 0.62, "The paper’s findings in miniature", fontsize=20, fontweight="bold", va="center")
-        note = f"a dot is one seed of {len(findings['seeds'])}, a line their mean; {findings['scenes']} unseen scenes"
-        parts[0].text(0.04, 0.14, note, fontsize=9.5, color=COLORS["soft"], va="center")
-        for part, finding in zip(parts[1:], found, strict=True):
-            _draw_finding(part, finding, findings["arms"])
-        return png(figure)
+    height = title + row * len(found)
+    note = f"a dot is one seed of {len(findings['seeds'])}, a line their mean; {findings['scenes']} unseen scenes"
+    with figure_style() as new_figure:
+        figure = new_figure(figsize=(13, height))
+        figure.text(
+            0.04, 1 - 0.34 / height, "The paper’s findings in miniature", fontsize=20, weight="bold", va="center"
+        )
+        figure.text(0.04, 1 - 0.77 / height, note, fontsize=9.5, color=COLORS["soft"], va="center")
+        for index, finding in enumerate(found):
+            top = title + index * row
+            figure.text(
+                0.04, 1 - (top + 0.25) / height, plain(finding["title"]), fontsize=13, weight="bold", va="center"
+            )
+            axes = axes_at(figure, 0.52, top + 0.73, 5.72, 1.68), axes_at(figure, 7.15, top + 0.73, 5.46, 1.68)
+            _draw_finding(*axes, finding, findings["arms"])
+        return file_of(figure)
 
 
-def _draw_finding(part, finding: Mapping, arms: Mapping[str, Mapping]) -> None:
+def _draw_finding(ours: Any, theirs: Any, finding: Mapping, arms: Mapping[str, Mapping]) -> None:
     paper, names = finding["paper"], finding["arms"]
-    ours = part.add_axes((0.04, 0.14, 0.44, 0.60))
-    theirs = part.add_axes((0.55, 0.14, 0.42, 0.60))
     step = 0.7 / len(names)
     for index, name in enumerate(names):
         offset, color = (index - (len(names) - 1) / 2) * step, _ARM_COLORS[index % len(_ARM_COLORS)]
@@ -193,7 +198,7 @@ def _draw_finding(part, finding: Mapping, arms: Mapping[str, Mapping]) -> None:
             if value is not None:
                 theirs.bar(place + offset, value, step * 0.88, color=color)
                 theirs.text(place + offset, value + 1.5, _published(value), ha="center", color=color, fontsize=8.5)
-        ours.plot([], [], "o-", color=color, label=plain(arms[name]["label"]).replace("$", r"\$"))
+        ours.plot([], [], "o-", color=color, label=plain(arms[name]["label"]))
     ours.set_xticks(range(len(finding["kinds"])), finding["kinds"], fontsize=10, color=COLORS["ink"])
     middle, half = (len(finding["kinds"]) - 1) / 2, max(len(finding["kinds"]), 3) / 2 + 0.1
     ours.set(ylim=(0, 1.12), xlim=(middle - half, middle + half), yticks=[0, 0.25, 0.5, 0.75, 1])
@@ -202,6 +207,6 @@ def _draw_finding(part, finding: Mapping, arms: Mapping[str, Mapping]) -> None:
     for axis, title in ((ours, "in miniature: accuracy"), (theirs, f"in the paper: {plain(paper['source'])}")):
         axis.grid(axis="y")
         axis.tick_params(length=0)
-        axis.set_title(title, fontsize=9.5, fontweight="normal", color=COLORS["soft"], parse_math=False)
-    part.text(0.04, 0.91, plain(finding["title"]), fontsize=13, fontweight="bold", va="center", parse_math=False)
-    part.legend(*ours.get_legend_handles_labels(), loc="center right", bbox_to_anchor=(0.975, 0.91), ncols=len(names))
+        axis.set_title(title, fontsize=9.5, fontweight="normal", color=COLORS["soft"])
+    handles, labels = ours.get_legend_handles_labels()
+    theirs.legend(handles, labels, loc="center right", bbox_to_anchor=(1.02, 1.28), ncols=len(names))
