@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_jobs/profile_tower.py --out profile_tower.json --folder /tmp/somewhere
 
-The paper's tower in bfloat16, eager and channels-last, one image of 1536 pixels and 16 of 768. Without a GPU,
-operations take the place of kernels.
+The paper's tower in bfloat16, eager, channels-last and by Triton's kernels, one image of 1536 pixels and 16 of 768.
+Without a GPU, operations take the place of kernels.
 """
 
 import re
@@ -21,7 +21,7 @@ CALLS = 3  # of the tower, within one profile
 # words cuDNN's names have too; products before layouts, for theirs name the layout that they take.
 KINDS = {
     "depthwise convolution": r"depthwise|dgrad2d_grouped|grouped_direct|dwconv|conv2d_c1_k1|mkldnn_convolution",
-    "norm": r"layer_?norm|rowwise_?moments",
+    "norm": r"layer_?norm|rowwise_?moments|_norm_kernel",
     "matrix products": r"gemm|nvjet|cutlass|xmma|addmm|::mm|matmul|linear|splitk|cublas|fprop",
     "copies and layouts": r"copy|nchw|nhwc|transpose|contiguous|clone|memcpy|memset|permute|cat_?array",
     "elementwise": r"elementwise|gelu|vectorized|aten::(add|mul)|triton_poi",
@@ -66,7 +66,7 @@ def summary(kernels: list[tuple[str, float, int]]) -> dict[str, Any]:
 
 
 def cases(context: Context) -> Iterable[Case]:
-    for way in ("eager", "channels-last"):
+    for way in ("eager", "channels-last", *(["triton"] if context.device.type == "cuda" else [])):
         for label, batch in (("1536", 1), ("768", 2 if context.tiny else BATCH)):
             size = size_of(label, context.tiny)
             settings = {"way": way, "size": list(size), "batch": batch}

@@ -45,6 +45,13 @@ def cases(context: Context) -> Iterable[Case]:
     for way in ("eager", "channels-last"):
         yield from (tower_case("ours", way, label, context, 1) for label in ours)
         yield from (tower_case("ours", way, label, context, batch, 4) for label in ours)
+    if cuda:  # compiling for each number of channels, and trying configurations, comes with the first
+        for way in ("triton", "triton-graphs"):
+            seconds = 40 if way == "triton" else 5
+            yield from (
+                tower_case("ours", way, label, context, 1, seconds if label == OURS[0] else 2) for label in OURS
+            )
+            yield from (tower_case("ours", way, label, context, batch, 4) for label in OURS)
     for kind, label, many in [
         ("CLIP ViT-L/14", "336", True),
         ("CLIP ViT-L/14", "768", True),
@@ -163,6 +170,8 @@ def _block(contiguous, context: Context) -> dict[str, float]:
         "scale and residual, contiguous": end(contiguous),
         "scale and residual, channels-last": end(last),
     }
+    if contiguous.is_cuda:
+        calls |= _triton_calls(rows, wide, kernel, bias, scale)
     figures = {name: milliseconds(call, context, repeats=10) for name, call in calls.items()}
     torch.backends.cudnn.benchmark = True
     try:
@@ -171,6 +180,30 @@ def _block(contiguous, context: Context) -> dict[str, float]:
     finally:
         torch.backends.cudnn.benchmark = False
     return figures
+
+
+def _triton_calls(rows, wide, kernel, bias, scale) -> dict[str, Any]:
+    """The operations of the tower "triton", on features (N, H, W, C) and the first product's (N, H, W, 4*C)."""
+    import torch
+    from torch import nn
+
+    from convllava_hf.inference.triton_convnext import depthwise, gelu_, layer_norm, layer_norm_patches
+
+    count, height, width, channels = rows.shape
+    sizes = torch.tensor([[height, width]] * count, dtype=torch.int32, device=rows.device)
+    taps = kernel.float().flatten(1).t().contiguous()
+    norm = nn.LayerNorm(channels, device=rows.device, dtype=rows.dtype)
+    # What works in place gets a copy: others read these features, too.
+    normed, activated = rows.clone(), wide.clone()
+    second = torch.randn(channels, 4 * channels, device=rows.device, dtype=rows.dtype).mul_(0.02).t()
+    residual, factors = rows.reshape(-1, channels).clone(), wide.reshape(-1, 4 * channels)
+    return {
+        "convolution and bias of the residual, triton": lambda: depthwise(rows, taps, bias, scale, sizes, 1),
+        "norm, triton": lambda: layer_norm(normed, norm),
+        "norm to patches of 2 x 2, triton": lambda: layer_norm_patches(rows, norm),
+        "GELU, triton": lambda: gelu_(activated),
+        "second product onto the residual": lambda: residual.addmm_(factors, second),
+    }
 
 
 def buckets_case(way: str, in_buckets: bool):

@@ -75,7 +75,7 @@ def apply_way(module: nn.Module, way: str, backend: str = "inductor") -> None:
     # what is beyond it runs eagerly, which nobody could tell from the figures.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    if way in ("eager", "channels-last", "compiled", "cuda-graphs"):
+    if way in ("eager", "channels-last", "compiled", "cuda-graphs", "triton", "triton-graphs"):
         if way != "eager":
             optimize_vision_tower(module, way)
         return

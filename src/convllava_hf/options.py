@@ -29,6 +29,8 @@ VISION_BACKENDS = {
     "channels-last": "convolutions on pixels whose channels lie together (any device)",
     "compiled": "channels-last and torch.compile: a compilation for each new size of image (any device)",
     "cuda-graphs": "compiled, and each size of image recorded as one launch (CUDA)",
+    "triton": "channels-last, with kernels in Triton for all but the matrix products (CUDA, experimental)",
+    "triton-graphs": "triton, and each size of image recorded as one launch (CUDA, experimental)",
 }
 # The image processor's presets, with their visual tokens at stride 64.
 PRESETS = {"tiny": 64, "small": 144, "base": 256, "large": 576, "full": 2304}

@@ -59,6 +59,9 @@ def test_padding_is_counted_in_pixels_of_the_mix():
             "void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl(at::Tensor&)>",
             4,
         ),
+        ("_depthwise_kernel", 0),
+        ("_norm_kernel", 1),
+        ("_gelu_kernel", 4),
         ("spin_kernel", 5),
     ],
 )

@@ -31,6 +31,11 @@ VISION_BACKENDS = [
     ("channels-last", torch.bfloat16),
     ("compiled", torch.float32),
     pytest.param("cuda-graphs", torch.bfloat16, marks=needs_cuda),
+    *(
+        pytest.param(tower, dtype, marks=needs_cuda)
+        for tower in ("triton", "triton-graphs")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ),
 ]
 
 
@@ -78,17 +83,18 @@ def test_features_are_the_eager_tower_s_for_all_sizes_and_calls(tower, dtype):
     for ours, eager, truth in kept:
         noise = deviation(eager, truth) if dtype != torch.float32 else 2e-5
         assert deviation(ours, eager) < 2 * noise
-    if tower != "channels-last":  # stem and stages, for each size: none was given up on
+    if tower in ("compiled", "cuda-graphs"):  # stem and stages, for each size: none was given up on
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 + STAGES) * len(SHAPES)
 
 
 @needs_cuda
-def test_graphs_in_threads_of_their_own():
+@pytest.mark.parametrize("tower", ["cuda-graphs", "triton-graphs"])
+def test_graphs_in_threads_of_their_own(tower):
     """As the demo answers, each question in a new thread."""
-    possible("cuda-graphs", torch.bfloat16)
+    possible(tower, torch.bfloat16)
     plain = make_tower(torch.bfloat16)
     fast = copy.deepcopy(plain)
-    optimize_vision_tower(fast, "cuda-graphs")
+    optimize_vision_tower(fast, tower)
     pixels = torch.randn(1, 3, SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16)
     found: list = []
 
@@ -113,7 +119,7 @@ def test_graphs_in_threads_of_their_own():
 
 
 @needs_cuda
-@pytest.mark.parametrize("tower", ["channels-last", "cuda-graphs"])
+@pytest.mark.parametrize("tower", ["channels-last", "cuda-graphs", "triton", "triton-graphs"])
 def test_answers_are_those_of_the_eager_tower(tower, checkpoint, device):
     possible(tower, torch.float32)
     eager, fast = (load(checkpoint, device=device, dtype="float32", tower=name) for name in ("eager", tower))

@@ -49,7 +49,7 @@ def choose_vision_backend(device: torch.device, dtype: torch.dtype, tower: str |
 
 def _why_not(tower: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What this backend lacks here; `None` if it works."""
-    if tower == "cuda-graphs" and device.type != "cuda":
+    if tower in ("cuda-graphs", "triton", "triton-graphs") and device.type != "cuda":
         return f"it needs CUDA, and the device is {device}"
     if tower in ("fused", "int8"):
         if device.type != "cpu":
@@ -70,7 +70,9 @@ def _why_not(tower: str, device: torch.device, dtype: torch.dtype) -> str | None
             return f"torch {torch.__version__} lacks the operation"
     if tower == "compiled" and device.type == "cpu" and not _has_compiler():
         return f"compiling needs one of {', '.join(_COMPILERS)}"
-    if tower in ("compiled", "cuda-graphs") and device.type == "cuda":
+    if tower.startswith("triton") and dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it needs bfloat16, float16 or float32, and the dtype is {dtype}"
+    if tower in ("compiled", "cuda-graphs", "triton", "triton-graphs") and device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "compiling for CUDA needs Triton"
         if not any(shutil.which(name) for name in (os.environ.get("CC", ""), *_TRITON_COMPILERS) if name):
@@ -90,7 +92,7 @@ def optimize_vision_tower(vision_tower: ConvLlavaVisionTower, tower: str) -> Non
     weight = vision_tower.embeddings.patch_embeddings.weight
     choose_vision_backend(weight.device, weight.dtype, tower)
     layers = _layers(vision_tower)
-    if tower in ("fused", "int8") and not has_unmodified_linears(vision_tower):
+    if tower in ("fused", "int8", "triton", "triton-graphs") and not has_unmodified_linears(vision_tower):
         raise ConvLlavaError(
             f"The vision backend {tower!r} cannot be used: the tower's matrix products are quantized or were replaced "
             "before. Load a checkpoint whose tower is not quantized, and change it once."
@@ -102,6 +104,8 @@ def optimize_vision_tower(vision_tower: ConvLlavaVisionTower, tower: str) -> Non
     elif tower in ("channels-last", "compiled", "cuda-graphs"):
         vision_tower.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         vision_tower.register_forward_pre_hook(_channels_last, with_kwargs=True)
+    elif tower in ("triton", "triton-graphs"):
+        use_triton(vision_tower, with_graphs=tower == "triton-graphs")
     if tower == "compiled":
         _compile(vision_tower, None)
     elif tower == "cuda-graphs":
@@ -117,6 +121,31 @@ def has_unmodified_linears(vision_tower: ConvLlavaVisionTower) -> bool:
 def _layers(vision_tower: ConvLlavaVisionTower) -> list[Any]:
     stages: Any = vision_tower.encoder.stages
     return [layer for stage in stages for layer in stage.layers]
+
+
+def use_triton(vision_tower: nn.Module, with_graphs: bool) -> None:
+    """Puts a `TritonTower` in place of the tower's forward, and layer scale into the weights of the second product.
+
+    Raises:
+        ConvLlavaError: the tower is on several devices.
+    """
+    from .triton_tower import TritonTower
+
+    devices = sorted({str(parameter.device) for parameter in vision_tower.parameters()})
+    if len(devices) > 1:
+        raise ConvLlavaError(
+            f"The tower cannot be run by Triton's kernels on {', '.join(devices)}: they need one device. Choose the "
+            "tower 'eager', or a device map that keeps it whole."
+        )
+    for layer in _layers(vision_tower):
+        if layer.layer_scale_parameter is not None:
+            second = layer.pwconv2
+            weight, bias = _scaled(second, layer.layer_scale_parameter)
+            second.weight = nn.Parameter(weight.to(second.weight.dtype), requires_grad=False)
+            second.bias = nn.Parameter(bias.to(second.bias.dtype), requires_grad=False)
+            layer.layer_scale_parameter = None
+    vision_tower.to(memory_format=torch.channels_last)
+    vision_tower.forward = TritonTower(vision_tower, with_graphs).forward
 
 
 def _channels_last(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
