@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +72,17 @@ def main() -> int:
         "--only", nargs="+", metavar="CASE", help="of each job, only the cases whose names contain one"
     )
     parser.add_argument(
-        "--limits", nargs="+", default=[], metavar="JOB=SECONDS", help="other time limits than the jobs'"
+        "--limits",
+        nargs="+",
+        type=job_limit,
+        default=[],
+        metavar="JOB=SECONDS",
+        help="other time limits than the jobs'",
     )
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder of wheels to make an environment from")
     parser.add_argument("--tiny", action="store_true", help="small shapes and few repeats, also without a GPU")
     arguments = parser.parse_args()
+    arguments.limits = dict(arguments.limits)
     sys.path.insert(0, str(JOB_SCRIPTS))
     started = float(os.environ.setdefault(STARTED, str(time.time())))
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -82,6 +90,14 @@ def main() -> int:
         if arguments.bundle:
             return run_in_bundle(Path(folder), arguments.bundle)
         return run_jobs(arguments, started + arguments.budget, Path(folder))
+
+
+def job_limit(text: str) -> tuple[str, float]:
+    """The type of `--limits`."""
+    name, _, seconds = text.partition("=")
+    if name not in [job.name for job in JOBS]:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a job; the jobs are {', '.join(job.name for job in JOBS)}")
+    return name, float(seconds)
 
 
 def run_in_bundle(folder: Path, bundle: Path) -> int:
@@ -97,51 +113,54 @@ def run_in_bundle(folder: Path, bundle: Path) -> int:
 
 
 def run_jobs(arguments: argparse.Namespace, deadline: float, folder: Path) -> int:
+    """The jobs one after another; in a rehearsal two at once, since its times mean nothing."""
     chosen = [job for job in JOBS if not arguments.jobs or job.name in arguments.jobs]
-    limits = {name: float(seconds) for name, _, seconds in (limit.partition("=") for limit in arguments.limits)}
-    failed = []
-    with (arguments.out / "log.txt").open("w") as log:
-        for job in chosen:
-            remaining = deadline - time.time()
-            if remaining < (10 if arguments.tiny else job.least):
-                print(f"        {job.name}: left out, {remaining:.0f} s remain", flush=True)
-                failed.append(job.name)
-                continue
-            began = time.monotonic()
-            limit = limits.get(job.name, TINY_LIMIT if arguments.tiny else job.seconds)
-            outcome = run_job(job, arguments, min(limit, remaining), folder, log)
-            print(f"{time.monotonic() - began:5.0f} s  {job.name}: {outcome}", flush=True)
-            write_summary(arguments.out)
-            failed += [job.name] if outcome != "done" else []
-    print(f"\n{(arguments.out / 'summary.md').read_text() if (arguments.out / 'summary.md').exists() else ''}")
+    summing_up = threading.Lock()
+
+    def run(job: Job) -> str:
+        remaining = deadline - time.time()
+        if remaining < (10 if arguments.tiny else job.least):
+            outcome = f"left out, {max(remaining, 0):.0f} s remain"
+        else:
+            limit = arguments.limits.get(job.name, TINY_LIMIT if arguments.tiny else job.seconds)
+            outcome = run_job(job, arguments, min(limit, remaining), folder)
+            with summing_up:
+                write_summary(arguments.out)
+        print(f"{time.time() - deadline + arguments.budget:5.0f} s  {job.name}: {outcome}", flush=True)
+        return outcome
+
+    with ThreadPoolExecutor(2 if arguments.tiny else 1) as pool:
+        outcomes = list(pool.map(run, chosen))
+    summary = arguments.out / "summary.md"
+    print(f"\n{summary.read_text() if summary.exists() else ''}")
+    failed = [job.name for job, outcome in zip(chosen, outcomes, strict=True) if outcome != "done"]
     if failed:
-        print(f"Not whole: {', '.join(failed)}. See {arguments.out / 'log.txt'}.", file=sys.stderr)
+        print(f"Not whole: {', '.join(failed)}. See {arguments.out / 'JOB.log'}.", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run_job(job: Job, arguments: argparse.Namespace, seconds: float, folder: Path, log) -> str:
-    """What became of it: "done", or why not."""
+def run_job(job: Job, arguments: argparse.Namespace, seconds: float, folder: Path) -> str:
+    """What became of it: "done", or why not. Its output goes to a log next to its JSON."""
     scratch = folder / job.name
     scratch.mkdir()
-    result = arguments.out / f"{job.name}.json"
+    result = arguments.out.resolve() / f"{job.name}.json"
     result.unlink(missing_ok=True)
-    command = [sys.executable, str(JOB_SCRIPTS / f"{job.name}.py"), "--out", str(result.resolve())]
+    command = [sys.executable, str(JOB_SCRIPTS / f"{job.name}.py"), "--out", str(result)]
     command += ["--folder", str(scratch), "--seconds", str(round(seconds - 5))]
     command += ["--tiny"] if arguments.tiny else []
     command += ["--only", *arguments.only] if arguments.only else []
-    log.write(f"\n===== {job.name}: {' '.join(command)}\n")
-    log.flush()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=HERE.parent
-    )
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s"
-    finally:
-        stop(process)
+    with result.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=HERE.parent
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
+        finally:
+            stop(process)
     return "done" if status == 0 else f"exit code {status}"
 
 

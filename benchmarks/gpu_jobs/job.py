@@ -168,20 +168,6 @@ def milliseconds(call: Callable[[], Any], context: Context, repeats: int = 20, w
     return statistics.median(times)
 
 
-def fill_with_random_weights(module, seed: int = 0) -> None:
-    """Draws all weights of a module in place, small enough that activations stay finite; norms scale by one."""
-    import torch
-
-    device = next(module.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-
-
 def show(value: float | None, form: str = ".1f", unit: str = "") -> str:
     """A figure for a table; empty where there is none."""
     return "" if value is None else f"{value:{form}}{unit}"

@@ -10,7 +10,7 @@ import torch
 from job import Context, milliseconds
 from torch import nn
 
-from convllava_hf.inference.vision_backends import optimize_vision_tower
+from convllava_hf.inference.vision_backends import VISION_BACKENDS, optimize_vision_tower
 from convllava_hf.modeling.modeling_convllava import ConvLlavaVisionTower
 from convllava_hf.profiling.machine import product
 from convllava_hf.profiling.measuring import operations
@@ -75,7 +75,7 @@ def apply_way(module: nn.Module, way: str, backend: str = "inductor") -> None:
     # what is beyond it runs eagerly, which nobody could tell from the figures.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 1024
-    if way in ("eager", "channels-last", "compiled", "cuda-graphs", "triton", "triton-graphs"):
+    if way in VISION_BACKENDS:
         if way != "eager":
             optimize_vision_tower(module, way)
         return

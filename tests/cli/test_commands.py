@@ -410,7 +410,7 @@ def test_process_says_one_line_and_exits_2(tmp_path):
     assert process.returncode == 2
     assert process.stdout == ""
     assert [line for line in process.stderr.splitlines() if "convllava" in line] == [
-        f"convllava: error: '{tmp_path}' is no checkpoint: the folder holds no config.json."
+        f"convllava: error: '{tmp_path}' is not a checkpoint: the folder has no config.json."
     ]
     assert "Traceback" not in process.stderr
 

@@ -144,7 +144,7 @@ def test_a_tower_of_second_choice_is_told_at_every_use(source, caplog):
     for _ in range(2):
         caplog.clear()
         converted_checkpoint(source)
-        assert "which the original would not run" in caplog.text
+        assert "which the original would not use" in caplog.text
 
 
 def test_two_at_once_convert_once(source, conversions):

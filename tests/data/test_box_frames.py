@@ -124,9 +124,10 @@ def learned_answers(dataset, processor) -> list[str]:
     return answers
 
 
-def accuracy(answers, truths, folder, processor, images_kwargs=None) -> float:
+def accuracy(answers, truths, folder, processor, image_options=None) -> float:
     """By the scorer of `convllava eval`, of images as it opens them."""
-    predictor = Predictor(SimpleNamespace(processor=processor), None, 8, images_kwargs=images_kwargs or {})
+    seen_by = with_image_options(processor, image_options)
+    predictor = Predictor(SimpleNamespace(processor=seen_by), None, 8)
     benchmark = BENCHMARKS["refcoco"]
     right = []
     for answer, (name, (left, top, right_, bottom)) in zip(answers, truths, strict=True):

@@ -34,9 +34,8 @@ def test_ask_document(folder, capsys):
     tokens = ConvLlavaImageProcessor(preset="large").image_sizing().tokens(page.height, page.width)
     shown = re.findall(r"^\((\d+) visual tokens", printed, flags=re.M)
     assert shown == [str(tokens)] * len(questions) and len(set(questions)) == 3
-    first = load("ConvLLaVA-1536").answer(
-        [user_turn(questions[0], [open_image("page.png")])], max_new_tokens=128, images_kwargs={"preset": "large"}
-    )
+    assistant = load("ConvLLaVA-1536", image_options={"preset": "large"})
+    first = assistant.answer([user_turn(questions[0], [open_image("page.png")])], max_new_tokens=128)
     assert printed.startswith(f"{questions[0]}\n{first.text}\n")
 
 

@@ -1,6 +1,7 @@
 """Our metrics through `evaluate.load`, from the package's own folder and without the Hub."""
 
 import random
+import sys
 
 import pytest
 from helpers.adversarial_texts import answer_lists, texts
@@ -23,7 +24,11 @@ def _cache(tmp_path_factory):
     patch.setattr(evaluate.config, "HF_MODULES_CACHE", folder)
     patch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
     patch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        patch.delitem(sys.modules, name)  # from the cache of another test
     yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        del sys.modules[name]
     patch.undo()
 
 

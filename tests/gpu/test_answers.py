@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, CompileConfig, pipeline
 
 from convllava_hf import ConvLlavaForConditionalGeneration, cli
 from convllava_hf.inference import assistant_turn, load, prompt_inputs, user_turn
+from convllava_hf.options import with_image_options
 
 from .devices import CUDA, moved, needs_cuda
 
@@ -119,9 +120,9 @@ def test_half_precision_is_the_default_on_a_gpu(checkpoint, device):
 
 
 def test_an_assistant_answers_and_streams(assistants):
-    ours, theirs = assistants
+    ours, theirs = (one.with_image_options(image_aspect_ratio="native") for one in assistants)
     turns, pieces = [user_turn(QUESTION, [make_image(), make_image(40, 90, seed=2)])], []
-    options = {"max_new_tokens": TOKENS, "images_kwargs": {"image_aspect_ratio": "native"}}
+    options = {"max_new_tokens": TOKENS}
     reply = ours.answer(turns, on_text=pieces.append, **options)
     assert reply.token_ids == theirs.answer(turns, **options).token_ids
     assert "".join(pieces) == reply.text
@@ -154,7 +155,7 @@ def test_a_prompt_cache_answers_as_none(kind, assistants, device):
         assert found.token_ids == expected.token_ids
         reused.append(found.reused_tokens)
     assert reused[0] == 0 and all(reused[1:])
-    assert all(one.tokens.device.type == device.type for one in remembering.memory.images.values())
+    assert all(one.tokens.device.type == device.type for one in remembering.prompt_cache.images.values())
 
 
 @needs_cuda
@@ -168,7 +169,7 @@ def test_an_automatic_device_map(on_gpu, wide, processor):
     # A model that fits one device is put there as a whole, without a map.
     places = getattr(split, "hf_device_map", {"": split.device}).values()
     assert {torch.device(place).type for place in places} == ({"cuda"} if on_gpu == 1.0 else {"cuda", "cpu"})
-    inputs = prompt_inputs(processor, CHATS, {"image_aspect_ratio": "native"})
+    inputs = prompt_inputs(with_image_options(processor, {"image_aspect_ratio": "native"}), CHATS)
     kwargs = {"suppress_tokens": [3], "eos_token_id": 2, "pad_token_id": 0}
     assert torch.equal(answer(split, inputs, **kwargs), answer(whole, inputs, **kwargs))
 

@@ -60,7 +60,7 @@ def test_answering(remembering, large):
     turn = [user_turn("What?", [make_image()])]
     expected = assistant.answer(turn, max_new_tokens=4)
     with little_memory(2**20), pytest.raises(ConvLlavaError, match=f"cuda:0 does not hold .*: {NEEDED}.*--size"):
-        assistant.answer(turn, max_new_tokens=4, images_kwargs={"size": 4096})
+        assistant.with_image_options(size=4096).answer(turn, max_new_tokens=4)
     assert assistant.answer(turn, max_new_tokens=4).token_ids == expected.token_ids
 
 

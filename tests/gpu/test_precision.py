@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from convllava_hf import ConvLlavaForConditionalGeneration, ConvLlavaImageProcessor
 from convllava_hf.inference import prompt_inputs
+from convllava_hf.options import with_image_options
 
 from .devices import CUDA, assert_within_noise, deviation, moved, needs_cuda
 
@@ -31,7 +32,7 @@ FACTORS = {torch.float32: 10, torch.bfloat16: 2.5, torch.float16: 2.5}
 
 @pytest.fixture(scope="module")
 def inputs(processor) -> dict:
-    return dict(prompt_inputs(processor, CHATS, NATIVE))
+    return dict(prompt_inputs(with_image_options(processor, NATIVE), CHATS))
 
 
 @pytest.mark.parametrize("dtype", FACTORS, ids=str)
@@ -146,7 +147,7 @@ def test_logits_of_a_padded_batch_are_those_of_each_by_itself(model_on, processo
     with torch.no_grad():
         logits = model(**together).logits
         for row, mask, chat in zip(logits, together["attention_mask"].bool(), CHATS, strict=True):
-            single = model(**moved(prompt_inputs(processor, [chat], NATIVE))).logits[0]
+            single = model(**moved(prompt_inputs(with_image_options(processor, NATIVE), [chat]))).logits[0]
             assert deviation(row[mask], single) < FLOAT32
 
 

@@ -122,7 +122,7 @@ def test_graphs_in_threads_of_their_own(tower):
 @pytest.mark.parametrize("tower", ["channels-last", "cuda-graphs", "triton", "triton-graphs"])
 def test_answers_are_those_of_the_eager_tower(tower, checkpoint, device):
     possible(tower, torch.float32)
-    eager, fast = (load(checkpoint, device=device, dtype="float32", tower=name) for name in ("eager", tower))
+    eager, fast = (load(checkpoint, device=device, dtype="float32", vision_backend=name) for name in ("eager", tower))
     for _ in range(2):  # a graph is recorded in the second call and replayed from the third on
         for seed in range(2):
             turn = [user_turn("What?", [make_image(seed=seed)])]

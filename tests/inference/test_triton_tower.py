@@ -29,6 +29,7 @@ def run_interpreted(function: str) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_each_kernel_is_torch_s_operation():
     run_interpreted("check_kernels")
 

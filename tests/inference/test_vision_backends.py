@@ -95,6 +95,7 @@ def test_compiled_on_a_cpu(tower):
     assert change(tower, dtype, sizes=[(128, 192), (64, 128)])[0] < (1e-5 if tower == "compiled" else 0.03)
 
 
+@pytest.mark.slow
 def test_every_size_of_image_is_compiled(monkeypatch):
     """torch.compile would stop at 8 compilations of the function that all stages share, and go on without."""
     compiled = []

@@ -16,10 +16,10 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from convllava_hf import report_style  # noqa: E402
 from convllava_hf.errors import ConvLlavaError  # noqa: E402
 from convllava_hf.miniature import figures  # noqa: E402
 from convllava_hf.miniature.report import format_table, report_page, write_report  # noqa: E402
+from convllava_hf.utils import report_style  # noqa: E402
 
 
 KINDS = ("reading", "color", "shape", "presence", "count", "grounding")

@@ -76,7 +76,7 @@ def test_the_output_is_a_checkpoint_and_nothing_else(chain, converted_checkpoint
         found = {path.name for path in folder.iterdir()}
         assert found - expected == {"loss.png", "trainer_state.json", "training_args.bin"}
         assert expected - found == set()
-        assert Image.open(folder / "loss.png").size == (960, 540)
+        assert Image.open(folder / "loss.png").size == (1040, 585)
 
 
 def test_convllava_ask_answers_with_every_stage(chain, capsys):

@@ -50,7 +50,7 @@ def test_a_recipe_that_cannot_work_is_refused_in_one_line(lines, words, tmp_path
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [([], "--config RECIPE"), (["--config"], "needs the path"), (["--config", "none.yaml"], "none.yaml")],
+    [([], "--config RECIPE"), (["--config"], "needs a value"), (["--config", "none.yaml"], "none.yaml")],
 )
 def test_a_recipe_that_is_not_there_is_refused_in_one_line(arguments, words, capsys):
     assert cli.main(["train", *arguments]) == 2

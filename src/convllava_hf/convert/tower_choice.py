@@ -278,7 +278,7 @@ def _tell(found: FoundTower, asked, from_shards: bool, comparison: Comparison | 
         )
     else:
         logger.warning(
-            "Taking the vision tower in the checkpoint's shards, which the original would not run: it runs the one "
+            "Taking the vision tower in the checkpoint's shards, which the original would not use: it uses the one "
             "that config.json names. %s Name a tower with --vision-tower, or ask for this one with --vision-tower %s.",
             found.why_not,
             SHARDS,

@@ -42,7 +42,7 @@ def make_record(
 
     Args:
         rows: of all samples, those that failed too.
-        run: what decides the answers; see `runs.describe_run`.
+        run: what decides the answers; see `run_settings.describe_run`.
         about: further keys, such as an example of a whole prompt.
 
     Raises:

@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +38,13 @@ class Batch:
 class Predictor:
     """Asks the questions of a benchmark.
 
-    `likelihood`: whether options are chosen by their likelihoods. `images_kwargs`: of the image processor.
+    `likelihood`: whether options are chosen by their likelihoods.
     """
 
     assistant: Assistant
     source: Source
     max_new_tokens: int
     likelihood: bool = False
-    images_kwargs: Mapping[str, Any] = field(default_factory=dict)
     _of_thread: threading.local = field(default_factory=threading.local, repr=False)
 
     @property
@@ -101,7 +100,7 @@ class Predictor:
 
     @property
     def _padded(self) -> bool:
-        return mode_of(self.assistant.processor.image_processor.image_sizing(**self.images_kwargs)).square
+        return mode_of(self.assistant.processor.image_processor.image_sizing()).square
 
     def _visual_tokens(self, sample: Sample) -> int:
         """Read from the file's header."""
@@ -111,7 +110,7 @@ class Predictor:
             size = None
         if size is None:
             return 0  # its error is reported when it is asked about
-        counted: Any = self._processor._get_num_multimodal_tokens(image_sizes=[size], **self.images_kwargs)
+        counted: Any = self._processor._get_num_multimodal_tokens(image_sizes=[size])
         return counted.num_image_tokens[0]
 
     def _words(self, sample: Sample) -> str:
@@ -125,7 +124,7 @@ class Predictor:
         """Fills `inputs`, and leaves out samples whose image cannot be decoded after all, or which are too long."""
         while conversations:
             try:
-                inputs: Any = prompt_inputs(self._processor, conversations, self.images_kwargs)
+                inputs: Any = prompt_inputs(self._processor, conversations)
             except INPUT_ERRORS:
                 if self._drop_unreadable(batch, conversations):
                     continue
@@ -151,7 +150,7 @@ class Predictor:
         bad = []
         for index, conversation in enumerate(conversations):
             try:
-                prompt_inputs(self._processor, [conversation], self.images_kwargs)
+                prompt_inputs(self._processor, [conversation])
             except INPUT_ERRORS as error:
                 batch.failures[batch.samples[index].id] = Failure("image", first_line(error))
                 bad.append(index)

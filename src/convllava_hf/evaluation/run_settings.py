@@ -29,8 +29,8 @@ class Settings:
 
     `choice`: multiple choice by the `"letter"` that is answered, or by the `"likelihood"` of each option's text.
     `ocr_tokens`: TextVQA's prompt names what an OCR system read. `split`, `config`: other ones than the benchmark's.
-    `limit`: the first so many samples. `batch_size`: samples asked at once. `images`: how large they are seen, as
-    arguments of the image processor (`options.ImageOptions`); what is not given is the checkpoint's own.
+    `limit`: the first so many samples. `batch_size`: samples asked at once. `image_options`: how large images
+    are seen, as arguments of the image processor (`options.ImageOptions`); what is not given is the checkpoint's own.
     """
 
     choice: str = "letter"

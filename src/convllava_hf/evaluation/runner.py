@@ -163,11 +163,10 @@ def _ask_rest(source: Source, plan: Plan, model: Model, folder: Path, settings: 
         if not rest:
             return
         predictor = Predictor(
-            model.load(),
+            model.load().with_image_options(**settings.image_options),
             source,
             source.benchmark.max_new_tokens,
             settings.choice == "likelihood",
-            settings.image_options,
         )
         batches = make_batches(rest, predictor.lengths(rest), settings.batch_size, predictor.likelihood)
         share = batches[state.process_index :: state.num_processes]

@@ -7,7 +7,6 @@ import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -39,7 +38,6 @@ from .vision_backends import choose_vision_backend, has_unmodified_linears, opti
 
 # transformers 5 takes the processor's arguments in a separate dict, and warns about others; 4 has no such dict.
 _PROCESSOR_KWARGS = "processor_kwargs" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
-_NONE: Mapping[str, Any] = MappingProxyType({})
 # Remedies where a device's memory does not suffice.
 SMALLER_MODEL = (
     "Load the language model in 4 bits (--quantization 4bit), or in a dtype of two bytes (--dtype bfloat16), or close "
@@ -194,26 +192,18 @@ class Assistant:
 def prompt_inputs(
     processor: ConvLlavaProcessor,
     conversations: list[list[dict[str, Any]]],
-    images_kwargs: Mapping[str, Any] = _NONE,
-    add_generation_prompt: bool = True,
 ) -> Any:
-    """The model's inputs for a batch of conversations, padded on the left.
-
-    Args:
-        images_kwargs: of `ConvLlavaImageProcessor`, for this call.
-        add_generation_prompt: whether the conversations are to be answered.
+    """The model's inputs for a batch of conversations that are to be answered, padded on the left.
 
     Raises:
         ValueError, OSError: an image cannot be decoded, or the numbers of images and their places differ.
     """
     of_processor: dict[str, Any] = {"padding": True}
-    if images_kwargs:
-        of_processor["images_kwargs"] = dict(images_kwargs)
     if _PROCESSOR_KWARGS:
         of_processor = {"processor_kwargs": of_processor}
     return processor.apply_chat_template(
         conversations,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",

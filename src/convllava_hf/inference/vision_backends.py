@@ -135,7 +135,7 @@ def use_triton(vision_tower: nn.Module, with_graphs: bool) -> None:
     if len(devices) > 1:
         raise ConvLlavaError(
             f"The tower cannot be run by Triton's kernels on {', '.join(devices)}: they need one device. Choose the "
-            "tower 'eager', or a device map that keeps it whole."
+            "vision backend 'eager', or a device map that keeps it whole."
         )
     for layer in _layers(vision_tower):
         if layer.layer_scale_parameter is not None:
